@@ -3,6 +3,7 @@
 WORKSPACE/
 ├── checkpoint/   the build: weights, config, tokenizer, runtime, manifest, card
 ├── source/       the few source shards that were fetched and are not used up yet
+├── scratch/      what a stage fetched for a while; may be deleted at any time
 ├── partial/      output shards being filled, with their journals
 ├── records/      what each stage saw, made and measured
 ├── results/      Prefect's cached task results
@@ -19,7 +20,16 @@ from pathlib import Path
 
 from glm_quant.errors import BusyError, OutputError
 
-_OURS = {"checkpoint", "source", "partial", "records", "results", "published", ".lock"}
+_OURS = {
+    "checkpoint",
+    "source",
+    "scratch",
+    "partial",
+    "records",
+    "results",
+    "published",
+    ".lock",
+}
 
 
 @dataclass(frozen=True)
@@ -38,6 +48,11 @@ class Workspace:
     def source(self) -> Path:
         """Source shards that were fetched; whatever is in it may be deleted at any time."""
         return self.root / "source"
+
+    @property
+    def scratch(self) -> Path:
+        """What a stage fetched for a while; whatever is in it may be deleted at any time."""
+        return self.root / "scratch"
 
     @property
     def partial(self) -> Path:

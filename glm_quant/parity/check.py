@@ -8,6 +8,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict
 
 from glm_quant.checkpoint.reader import Checkpoint
+from glm_quant.checkpoint.spool import local_folder, spooled
 from glm_quant.errors import ParityError
 from glm_quant.parity.measures import Array, kl_divergence, top1_agreement
 from glm_quant.parity.reference import require_reference
@@ -57,22 +58,25 @@ class ParityRecord(BaseModel):
     settings: ParitySettings
 
 
-def check_parity(source: Path, output: Path, settings: ParitySettings) -> ParityRecord:
+def check_parity(
+    checkpoint: Checkpoint, output: Path, settings: ParitySettings, scratch: Path | None = None
+) -> ParityRecord:
     """Compare a build, and its runtime on the source's weights, with the reference.
 
     Args:
-        source: Folder of the checkpoint that the build was made from.
+        checkpoint: What the build was made from. From the Hub or S3 a layer at a time is fetched,
+            and the whole only of a small one.
         output: Folder of the build.
         settings: Prompt, layers and bounds.
+        scratch: Folder for what is fetched, ours alone; default: the system's for temporary files.
 
     Raises:
         ParityError: A bound is broken, the reference is absent or wrong, or the prompt is too
             short to exercise the selection.
     """
     versions = require_reference() | {name: version(name) for name in ("mlx", "mlx-lm")}
-    checkpoint = Checkpoint.open(source)
     topk = int(checkpoint.config["index_topk"])
-    tokens = prompt_tokens(source, checkpoint, settings)
+    tokens = prompt_tokens(checkpoint, output, settings)
     if len(tokens) <= topk:
         raise ParityError(
             f"parity.tokens is {len(tokens):,} and index_topk is {topk:,}: every key would be "
@@ -83,14 +87,20 @@ def check_parity(source: Path, output: Path, settings: ParitySettings) -> Parity
     if not layers or layers[0] < 0 or layers[-1] >= depth:
         raise ParityError(f"parity.layers names layers outside 0 to {depth - 1}: {layers}.")
     small = checkpoint_bytes(checkpoint) <= WHOLE_MODEL_BYTES and len(layers) == depth
-    streamed = stream(
-        checkpoint,
-        output,
-        tokens,
-        layers,
-        keep=small,
-        judge=lambda row: enforce_layer(row, len(tokens), settings, output),
-    )
+    with spooled(checkpoint, scratch) as (near, kept):
+        streamed = stream(
+            near,
+            output,
+            tokens,
+            layers,
+            keep=small,
+            judge=lambda row: enforce_layer(row, len(tokens), settings, output),
+            after_layer=kept.forget if kept else lambda: None,
+        )
+    logits = None
+    if small:
+        with local_folder(checkpoint, scratch) as folder:
+            logits = whole_logits(folder, output, tokens, streamed.outcomes)
     reference, build = streamed.reference_logits, streamed.build_logits
     kl = kl_divergence(reference, build) if reference is not None and build is not None else None
     record = ParityRecord(
@@ -101,7 +111,7 @@ def check_parity(source: Path, output: Path, settings: ParitySettings) -> Parity
         layers=streamed.rows,
         max_layer_error=max(max(r.attention_error, r.mlp_error) for r in streamed.rows),
         ties=sum(r.tied_keys + r.tied_experts for r in streamed.rows),
-        logits=whole_logits(source, output, tokens, streamed.outcomes) if small else None,
+        logits=logits,
         mean_kl=None if kl is None else float(kl.mean()),
         max_kl=None if kl is None else float(kl.max()),
         top1_agreement=(
@@ -169,11 +179,12 @@ def _check(what: str, value: float, bound: float, way_out: str) -> None:
         raise ParityError(f"{what} is {value:.3g}, the recipe allows {bound:.3g}. {way_out}")
 
 
-def prompt_tokens(source: Path, checkpoint: Checkpoint, settings: ParitySettings) -> Array:
+def prompt_tokens(checkpoint: Checkpoint, output: Path, settings: ParitySettings) -> Array:
     """Return the fixed prompt, [settings.tokens].
 
-    It is the recipe's text, repeated as needed, or the built-in one; a source without a tokenizer
-    gets seeded ids, on which KL says little but the runtime's error as much.
+    It is the recipe's text, repeated as needed, or the built-in one, through the tokenizer that was
+    copied into the build; a source without a tokenizer gets seeded ids, on which KL says little but
+    the runtime's error as much.
 
     Raises:
         ParityError: The recipe gives a text and the source has no tokenizer.
@@ -184,10 +195,10 @@ def prompt_tokens(source: Path, checkpoint: Checkpoint, settings: ParitySettings
     from mlx_lm.utils import load_tokenizer
 
     try:
-        tokenizer = load_tokenizer(source)
+        tokenizer = load_tokenizer(output)
     except (OSError, ValueError) as error:
         raise ParityError(
-            f"{source}: parity.prompt is a text, but there is no tokenizer: {error}. Leave it out "
+            f"{output}: parity.prompt is a text, but there is no tokenizer: {error}. Leave it out "
             "to use seeded tokens."
         ) from None
     # Eight characters a token are enough for any tokenizer; `resize` repeats what is short.

@@ -113,6 +113,7 @@ def stream(
     *,
     keep: bool = False,
     judge: Callable[[LayerParity], None] = lambda _: None,
+    after_layer: Callable[[], None] = lambda: None,
 ) -> Streamed:
     """Compare layer by layer.
 
@@ -123,10 +124,11 @@ def stream(
         layers: Which layers to compare; the pass ends with the last of them.
         keep: Whether to keep every reference layer, weights and all: for small models.
         judge: Called with each row as soon as it is known; raises to end the pass.
+        after_layer: Called when a layer's weights are needed no more.
     """
     pass_ = _Pass(source, output, tokens, keep=keep)
     rows: list[LayerParity] = []
-    for row in pass_.rows(layers):
+    for row in pass_.rows(layers, after_layer):
         judge(row)
         rows.append(row)
     streamed = Streamed(rows, pass_.outcomes)
@@ -148,10 +150,11 @@ class _Pass:
         self.depth = int(self.ours.args.num_hidden_layers)
         self.state = Trajectories(self.reference.embed(tokens), self.build.embed(tokens))
 
-    def rows(self, layers: list[int]) -> Iterator[LayerParity]:
+    def rows(self, layers: list[int], after_layer: Callable[[], None]) -> Iterator[LayerParity]:
         for index in range(max(layers) + 1):
             started = time.monotonic()
             row = self._row(index, compare=index in layers)
+            after_layer()
             if row is not None:
                 log.info(
                     "parity: layer %d of %d, attention %.1e, mlp %.1e, build %.1e (%.1f s)",

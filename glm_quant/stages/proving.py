@@ -1,10 +1,8 @@
 """The stages that prove and measure a build: parity, evaluate."""
 
 from importlib.metadata import version
-from pathlib import Path
 
 from glm_quant.artifact import Record
-from glm_quant.errors import ParityError
 from glm_quant.evaluation.evaluate import evaluate, evaluation_inputs
 from glm_quant.evaluation.records import EvaluationRecord
 from glm_quant.fingerprint import Canonical
@@ -40,13 +38,13 @@ class ParityStage(Stage[ParityStageRecord]):
         Raises:
             ParityError: a bound is broken, or the reference is not installed.
         """
-        uri = self.build.checkpoint.source.uri
-        if "://" in uri:
-            raise ParityError(
-                f"{uri}: the reference is read from a local folder. Fetch the source and give "
-                "--source that folder."
-            )
-        found = check_parity(Path(uri), self.build.workspace.checkpoint, self.build.recipe.parity)
+        workspace = self.build.workspace
+        found = check_parity(
+            self.build.checkpoint,
+            workspace.checkpoint,
+            self.build.recipe.parity,
+            scratch=workspace.scratch,
+        )
         progress(1, 1)
         return ParityStageRecord(fingerprint=self.fingerprint(), found=found)
 

@@ -10,7 +10,9 @@ import numpy as np
 import pytest
 
 from glm_quant.checkpoint.reader import Checkpoint
+from glm_quant.checkpoint.spool import SpooledSource
 from glm_quant.errors import ParityError
+from glm_quant.hub.huggingface import HubSource
 from glm_quant.parity import ParityRecord, candidate, check_parity, reference
 from glm_quant.parity.candidate import load_candidate, load_unquantized, logits_of
 from glm_quant.parity.check import enforce, enforce_layer
@@ -19,13 +21,14 @@ from glm_quant.parity.reference import ReferenceModel, indexer_rotation, require
 from glm_quant.parity.stream import stream
 from glm_quant.parity.whole import follow, reference_outcomes
 from glm_quant.recipe import ParitySettings
+from tests.hub_server import HubServer
 
 TOKENS = 96  # one and a half times the trained checkpoint's index_topk
 
 
 @pytest.fixture(scope="module")
 def record(suite: SimpleNamespace, build: Path) -> ParityRecord:
-    return check_parity(suite.tiny, build, ParitySettings(tokens=TOKENS))
+    return check_parity(Checkpoint.open(suite.tiny), build, ParitySettings(tokens=TOKENS))
 
 
 def test_record_tells_what_was_compared(record: ParityRecord, suite: SimpleNamespace) -> None:
@@ -76,20 +79,59 @@ def test_experts_in_blocks_change_nothing(
 
 
 def test_only_listed_layers_are_compared(suite: SimpleNamespace, build: Path) -> None:
-    found = check_parity(suite.tiny, build, ParitySettings(tokens=TOKENS, layers=(2,)))
+    found = check_parity(
+        Checkpoint.open(suite.tiny), build, ParitySettings(tokens=TOKENS, layers=(2,))
+    )
     assert [row.layer for row in found.layers] == [2]
     assert found.logits is None
     assert found.mean_kl is None
 
 
+def test_a_source_on_the_hub_gives_the_same_record(
+    record: ParityRecord, suite: SimpleNamespace, build: Path, tmp_path: Path
+) -> None:
+    """Streamed and as a whole; nothing of the source stays on disk."""
+    with HubServer() as hub:
+        hub.add_folder("org/tiny", suite.tiny)
+        source = HubSource("org/tiny", "main", tmp_path / "source", endpoint=hub.url)
+        settings = ParitySettings(tokens=TOKENS)
+        found = check_parity(Checkpoint(source), build, settings, tmp_path / "scratch")
+    assert found.model_dump() == record.model_dump()
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+
+
+def test_a_source_on_the_hub_is_fetched_once_and_a_layer_at_a_time(
+    suite: SimpleNamespace, build: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both sides read each weight, the network sees it once, the disk until the next layer."""
+    held: list[int] = []
+    forget = SpooledSource.forget
+
+    def watch(self: SpooledSource) -> None:
+        held.append(sum(p.stat().st_size for p in tmp_path.rglob("*") if p.is_file()))
+        forget(self)
+
+    monkeypatch.setattr(SpooledSource, "forget", watch)
+    with HubServer() as hub:
+        hub.add_folder("org/tiny", suite.tiny)
+        checkpoint = Checkpoint(HubSource("org/tiny", "main", endpoint=hub.url))
+        check_parity(checkpoint, build, ParitySettings(tokens=TOKENS, layers=(1, 2)), tmp_path)
+        asked = [(request.file, request.range) for request in hub.requests("^/cdn/")]
+    assert len(asked) > 100  # a layer's tensors, one by one
+    assert len(set(asked)) == len(asked)
+    assert len(held) == 3
+    total = sum(info.size_bytes for info in checkpoint.tensors.values())
+    assert 0 < max(held) < total / 3
+
+
 def test_a_prompt_that_selects_everything_is_refused(suite: SimpleNamespace, build: Path) -> None:
     with pytest.raises(ParityError, match=r"parity\.tokens is 64 and index_topk is 64"):
-        check_parity(suite.tiny, build, ParitySettings(tokens=64))
+        check_parity(Checkpoint.open(suite.tiny), build, ParitySettings(tokens=64))
 
 
 def test_layers_that_do_not_exist_are_refused(suite: SimpleNamespace, build: Path) -> None:
     with pytest.raises(ParityError, match="outside 0 to 4"):
-        check_parity(suite.tiny, build, ParitySettings(tokens=TOKENS, layers=(5,)))
+        check_parity(Checkpoint.open(suite.tiny), build, ParitySettings(tokens=TOKENS, layers=(5,)))
 
 
 @pytest.mark.parametrize(
@@ -127,7 +169,7 @@ def test_a_wrong_runtime_stops_the_flow(
         text.replace("make_rope(args, args.indexer_traditional)", "make_rope(args, False)")
     )
     with pytest.raises(ParityError, match=r"layer 0 \(full\): \d+ of 96 rows choose other keys"):
-        check_parity(suite.tiny, broken, ParitySettings(tokens=TOKENS))
+        check_parity(Checkpoint.open(suite.tiny), broken, ParitySettings(tokens=TOKENS))
 
 
 def test_a_build_without_runtime_is_refused(
@@ -136,7 +178,7 @@ def test_a_build_without_runtime_is_refused(
     bare = shutil.copytree(build, tmp_path / "bare")
     (bare / "glm_moe_dsa.py").unlink()
     with pytest.raises(ParityError, match=r"model_file is 'glm_moe_dsa\.py', and without"):
-        check_parity(suite.tiny, bare, ParitySettings(tokens=TOKENS))
+        check_parity(Checkpoint.open(suite.tiny), bare, ParitySettings(tokens=TOKENS))
 
 
 def test_half_split_reference_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
