@@ -15,7 +15,7 @@ import typer
 from rich.console import Console
 
 from flows.environment import prepare
-from glm_quant.build import Build, BuildSpec, claimed, open_build
+from glm_quant.build import Build, BuildSpec, open_build, require_free
 from glm_quant.errors import GlmQuantError
 from glm_quant.hub import DEFAULT_WINDOW
 from glm_quant.status import read_status
@@ -101,7 +101,7 @@ def convert(
             workspace_beside,
         )
 
-        opened = open_source(source, workspace_beside(output).source, window)
+        opened = open_source(source, workspace_beside(output), window)
         conversion = open_conversion(opened, recipe, output, workers)
         with Terminal(_err, len(conversion.shards)) as terminal:
             summary = convert_to_folder(conversion, terminal)
@@ -189,8 +189,7 @@ def _release(spec: BuildSpec, verbose: bool, as_json: bool) -> None:
     with _errors_in_one_screen(verbose):
         begin = time.monotonic()
         build = open_build(spec)  # bad input fails here, before Prefect is started
-        with claimed(spec):  # and a workspace that is taken
-            pass
+        require_free(spec)  # and a workspace that is taken
         from prefect.settings import PREFECT_LOCAL_STORAGE_PATH, temporary_settings
 
         from flows.release import release

@@ -54,7 +54,7 @@ class Build:
                 f"{self.recipe.file}: the recipe names no source. Give one with --source."
             )
         self.workspace = Workspace(Path(spec.workspace).expanduser().absolute())
-        self.checkpoint = Checkpoint(open_source(source, self.workspace.source, spec.window))
+        self.checkpoint = Checkpoint(open_source(source, self.workspace, spec.window))
         self.plan = make_plan(self.checkpoint, self.recipe)
         self.conversion = Conversion(self.checkpoint, self.recipe, self.plan, self.workspace)
         self.targets = tuple(dict.fromkeys((*self.recipe.publish.targets, *spec.targets)))
@@ -89,7 +89,7 @@ def targets_of(spec: BuildSpec) -> tuple[str, ...]:
 
 @contextmanager
 def claimed(spec: BuildSpec) -> Generator[None]:
-    """Hold a build's workspace for as long as the block runs.
+    """Hold a build's workspace for as long as the block runs; then the build is finished.
 
     Raises:
         OutputError: the workspace holds something else.
@@ -99,3 +99,17 @@ def claimed(spec: BuildSpec) -> Generator[None]:
     workspace.create()
     with workspace.locked():
         yield
+        workspace.pin.unlink(missing_ok=True)
+
+
+def require_free(spec: BuildSpec) -> None:
+    """Check that a build's workspace can be claimed.
+
+    Raises:
+        OutputError: the workspace holds something else.
+        BusyError: another process works in it.
+    """
+    workspace = Workspace(Path(spec.workspace).expanduser().absolute())
+    workspace.create()
+    with workspace.locked():
+        return

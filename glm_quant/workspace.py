@@ -64,6 +64,11 @@ class Workspace:
         """One JSON file a stage."""
         return self.root / "records"
 
+    @property
+    def pin(self) -> Path:
+        """Which commit of a branch this build was begun with; gone when it is finished."""
+        return self.records / "revision.json"
+
     def create(self) -> None:
         """Make the folder, refusing one that holds something else.
 

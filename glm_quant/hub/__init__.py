@@ -5,17 +5,21 @@ from pathlib import Path
 from glm_quant.checkpoint.source import FolderSource, Source
 from glm_quant.errors import SourceError
 from glm_quant.hub.window import DEFAULT_WINDOW
+from glm_quant.workspace import Workspace
 
 __all__ = ["DEFAULT_WINDOW", "open_source"]
 
 
-def open_source(uri: str, cache: Path | None = None, window: int = DEFAULT_WINDOW) -> Source:
+def open_source(
+    uri: str, workspace: Workspace | None = None, window: int = DEFAULT_WINDOW
+) -> Source:
     """Return the source that a URI or a path names.
 
     Args:
         uri: a folder, file://folder, hf://org/name[@revision] or s3://bucket[/prefix].
-        cache: the folder for shards that are fetched, ours alone; without it a remote source can
-            be read by range only. A local folder needs none.
+        workspace: of the build; fetched shards stand there for a while, and a build of a branch
+            that was begun goes on with its commit. Without it a remote source can be read by range
+            only. A local folder needs none.
         window: how many fetched shards may be on disk at a time.
 
     Raises:
@@ -27,13 +31,13 @@ def open_source(uri: str, cache: Path | None = None, window: int = DEFAULT_WINDO
     if scheme == "file":
         return FolderSource(Path(uri.removeprefix("file://")))
     if scheme == "hf":
-        from glm_quant.hub.huggingface import HubSource, parse_hub_uri
+        from glm_quant.hub.pin import open_hub
 
-        return HubSource(*parse_hub_uri(uri), cache, window)
+        return open_hub(uri, workspace, window)
     if scheme == "s3":
         from glm_quant.hub.s3 import S3Source, parse_s3_uri
 
-        return S3Source(*parse_s3_uri(uri), cache, window)
+        return S3Source(*parse_s3_uri(uri), workspace and workspace.source, window)
     raise SourceError(
         f"{uri}: there are no sources of kind {scheme}://. Give a folder, hf://org/name@revision "
         "or s3://bucket/prefix."

@@ -8,8 +8,9 @@ and neither it nor a signed address is ever part of a message.
 
 import os
 import re
-from collections.abc import Generator, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 from urllib.parse import urljoin, urlsplit
@@ -56,6 +57,7 @@ class HubSource(RemoteSource):
         patience: Patience | None = None,
         timeout: httpx2.Timeout = TIMEOUT,
         xet: bool | None = None,
+        on_pin: Callable[[str], None] | None = None,
     ) -> None:
         """Pin the commit and list the files.
 
@@ -69,6 +71,7 @@ class HubSource(RemoteSource):
             patience: how often to try.
             timeout: for each step of a request.
             xet: fetch shards from the Xet store; default: whether GLM_QUANT_XET is 1.
+            on_pin: called once with the commit, when the first shard is wanted.
 
         Raises:
             SourceError: no such repository or revision, no access, or the Hub cannot be reached.
@@ -78,7 +81,7 @@ class HubSource(RemoteSource):
         if xet is None:
             xet = os.environ.get("GLM_QUANT_XET") == "1"
         place = HubPlace(api, repo, revision, patience, timeout, xet=xet)
-        super().__init__(place, cache, window, patience)
+        super().__init__(place, cache, window, patience, on_pin and partial(on_pin, place.commit))
 
 
 class HubPlace:
@@ -104,6 +107,11 @@ class HubPlace:
         self._files = {
             file.name: file for file in map(_source_file, info.siblings or ()) if file is not None
         }
+
+    @property
+    def commit(self) -> str:
+        """The pinned commit."""
+        return self._commit
 
     @property
     def uri(self) -> str:

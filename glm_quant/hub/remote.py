@@ -7,7 +7,7 @@ import hashlib
 import logging
 import threading
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Protocol
@@ -57,6 +57,7 @@ class RemoteSource:
         cache: Path | None = None,
         window: int = DEFAULT_WINDOW,
         patience: Patience | None = None,
+        on_use: Callable[[], None] | None = None,
     ) -> None:
         """Prepare; the cache is not touched before the first shard is expected or acquired.
 
@@ -65,8 +66,10 @@ class RemoteSource:
             cache: a folder that is ours alone, for the window; without it nothing can be acquired.
             window: how many shards may be on disk at a time.
             patience: how often to try.
+            on_use: called once, before the first shard is expected or acquired.
         """
         self._place = place
+        self._on_use = on_use
         self._patience = patience or Patience()
         self._window = (
             None if cache is None else Window(place.files, cache, window, self._make_download)
@@ -102,6 +105,7 @@ class RemoteSource:
     def expect(self, names: Sequence[str]) -> None:
         """Begin to fetch these shards, in this order."""
         if self._window is not None:
+            self._begin_use()
             self._window.expect(names)
 
     def acquire(self, name: str) -> Path:
@@ -117,12 +121,18 @@ class RemoteSource:
                 "to put it in. Fetch the checkpoint into a folder and give that as --source."
             )
         self._file(name)
+        self._begin_use()
         return self._window.acquire(name)
 
     def release(self, name: str) -> None:
         """Delete the local copy of a shard."""
         if self._window is not None:
             self._window.release(name)
+
+    def _begin_use(self) -> None:
+        if self._on_use is not None:
+            self._on_use()
+            self._on_use = None
 
     def _file(self, name: str) -> SourceFile:
         file = self._place.files.get(name)

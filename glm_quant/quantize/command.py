@@ -102,6 +102,7 @@ def convert_to_folder(opened: OpenConversion, watcher: Watcher) -> ConvertSummar
         watcher.begin("assemble")
         manifest = assemble(opened.conversion, opened.checkpoint, opened.recipe, opened.output)
         opened.conversion.clean()
+        opened.workspace.pin.unlink(missing_ok=True)
     return _summary(opened.output, manifest)
 
 
