@@ -15,6 +15,7 @@ import typer
 from rich.console import Console
 
 from flows.environment import prepare
+from flows.stopping import stopping_in_order
 from glm_quant.build import Build, BuildSpec, open_build, require_free
 from glm_quant.errors import GlmQuantError
 from glm_quant.hub import DEFAULT_WINDOW
@@ -92,7 +93,7 @@ def convert(
     as_json: Json = False,
 ) -> None:
     """Plan, quantize, assemble, and no more: the drop-in for mlx_lm.convert."""
-    with _errors_in_one_screen(verbose):
+    with _errors_in_one_screen(verbose), stopping_in_order(_err):
         from flows.terminal import Terminal
         from glm_quant.hub import open_source
         from glm_quant.quantize.command import (

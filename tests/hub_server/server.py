@@ -12,6 +12,7 @@ import socket
 import struct
 import threading
 import time
+from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -51,6 +52,7 @@ class HubServer(ThreadingHTTPServer):
         self.xet_store = ""
         self.xet_hashes: dict[str, str] = {}
         self.log: list[Request] = []
+        self.connections: set[socket.socket] = set()
         self.closing = threading.Event()
         number = self.server_address[1]
         self.url, self.cdn_url = f"http://127.0.0.1:{number}", f"http://localhost:{number}"
@@ -79,6 +81,14 @@ class HubServer(ThreadingHTTPServer):
             self.names[content.sha256] = name
         return self.repos.setdefault(repo, Repo(**kind)).commit(files)
 
+    def hang_up(self) -> None:
+        """Reset every open connection, as a router does while a machine sleeps."""
+        for connection in list(self.connections):
+            with suppress(OSError):
+                linger = struct.pack("ii", 1, 0)
+                connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
+                connection.shutdown(socket.SHUT_RDWR)
+
     def fault(self, *faults: Fault) -> None:
         """Do this wrong from now on."""
         for fault in faults:
@@ -97,6 +107,15 @@ class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     disable_nagle_algorithm = True
     server: HubServer
+
+    def setup(self) -> None:
+        super().setup()
+        self.server.connections.add(self.connection)
+
+    def finish(self) -> None:
+        self.server.connections.discard(self.connection)
+        with suppress(OSError):  # whoever was hung up on gets nothing more
+            super().finish()
 
     def log_message(self, format: str, *args: Any) -> None:  # noqa: A002 - the base class's name
         """Say nothing: the server keeps its own log."""

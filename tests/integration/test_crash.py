@@ -1,0 +1,145 @@
+"""Real processes that are killed, stopped or put to sleep while they convert from a Hub."""
+
+import os
+import random
+import signal
+import time
+from collections.abc import Generator
+from pathlib import Path
+
+import pytest
+
+from tests.benchmarks.crash import REPO, contents, crash, write_source
+from tests.benchmarks.forks import Forks, Run
+from tests.hub_server import HubServer
+
+SLOW = 6_000_000  # bytes per second and connection: a run takes seconds
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory: pytest.TempPathFactory) -> Generator[tuple[HubServer, Path]]:
+    """Give a Hub with a source of 15 shards, and a recipe."""
+    folder = tmp_path_factory.mktemp("crash")
+    recipe = write_source(folder, layers=4, experts=12)
+    with HubServer() as hub:
+        hub.add_folder(REPO, folder / "source")
+        yield hub, recipe
+
+
+@pytest.fixture(scope="module")
+def forks(served: tuple[HubServer, Path]) -> Generator[Forks]:
+    with Forks({"HF_ENDPOINT": served[0].url}) as running:
+        yield running
+
+
+@pytest.fixture
+def hub(served: tuple[HubServer, Path]) -> Generator[HubServer]:
+    yield served[0]
+    served[0].rate = None
+
+
+@pytest.fixture(scope="module")
+def expected(
+    forks: Forks, served: tuple[HubServer, Path], tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, str]:
+    """Give the files of a build that nothing disturbed."""
+    output = tmp_path_factory.mktemp("plain") / "build"
+    run = start(forks, served[1], output)
+    assert run.wait() == 0, run.said
+    return contents(output)
+
+
+def start(forks: Forks, recipe: Path, output: Path) -> Run:
+    options = ["--source", f"hf://{REPO}", "--recipe", str(recipe), "--output", str(output)]
+    return forks.start(["convert", *options], output)
+
+
+def recorded(output: Path) -> set[str]:
+    """Return which output shards are finished."""
+    records = output.with_name(f".{output.name}.glm-quant") / "records" / "shards"
+    return {path.stem for path in records.glob("model-*.json")}
+
+
+def wait_for_a_finished_shard(run: Run, output: Path) -> None:
+    """Return while a run converts: one output shard is recorded, others are not."""
+    end = time.monotonic() + 60
+    while not recorded(output):
+        assert not run.has_ended(), run.said
+        assert time.monotonic() < end, run.said
+        time.sleep(0.01)
+
+
+def written(run: Run) -> dict[tuple[str, int], int]:
+    """Return the bytes that a run wrote to output shards, by place; their headers do not count."""
+    return {
+        (step.file.removesuffix(".part"), step.offset): step.size_bytes
+        for step in run.steps
+        if step.operation == "write" and step.offset > 0
+    }
+
+
+def test_killed_at_random_moments(
+    forks: Forks, served: tuple[HubServer, Path], tmp_path: Path
+) -> None:
+    """kill -9 ten times: same bytes, no more than a shard's work again, no whole shard fetched."""
+    seed = int(os.environ.get("GLM_QUANT_TEST_SEED", "0")) or random.randrange(1, 10**6)
+    report = crash(forks, served[0], tmp_path, served[1], kills=10, seed=seed)
+    assert report.is_good, report.figures()
+    assert report.kills == 10
+    assert len(report.kills_by_stage) >= 2, report.figures()
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_stopped_by_a_signal(
+    forks: Forks,
+    served: tuple[HubServer, Path],
+    hub: HubServer,
+    expected: dict[str, str],
+    tmp_path: Path,
+    number: int,
+    code: int,
+) -> None:
+    """It ends within seconds with one clear line, keeps what is done, and goes on from there."""
+    output = tmp_path / "build"
+    hub.rate = SLOW
+    run = start(forks, served[1], output)
+    wait_for_a_finished_shard(run, output)
+    begin = time.monotonic()
+    run.signal(number)
+    assert run.wait() == code, run.said
+    assert time.monotonic() - begin < 10
+    assert "Stopped" in run.said
+    assert "the same command goes on" in " ".join(run.said.split())
+    assert "Traceback" not in run.said
+    hub.rate = None
+    shards = recorded(output)
+    again = start(forks, served[1], output)
+    assert again.wait() == 0, again.said
+    assert contents(output) == expected
+    assert not {shard for shard, _ in written(again)} & shards
+    twice = sum(size for place, size in written(again).items() if place in written(run))
+    assert twice <= max(path.stat().st_size for path in output.glob("*.safetensors"))
+
+
+def test_a_machine_that_sleeps(
+    forks: Forks,
+    served: tuple[HubServer, Path],
+    hub: HubServer,
+    expected: dict[str, str],
+    tmp_path: Path,
+) -> None:
+    """The process stands still while every connection is lost; then it goes on by itself."""
+    output = tmp_path / "build"
+    hub.rate = SLOW
+    run = start(forks, served[1], output)
+    wait_for_a_finished_shard(run, output)
+    run.signal(signal.SIGSTOP)
+    hub.hang_up()
+    hub.rate = None
+    time.sleep(0.5)
+    assert not run.has_ended()
+    run.signal(signal.SIGCONT)
+    assert run.wait() == 0, run.said
+    assert contents(output) == expected
+    cut = [r for r in hub.requests("^/cdn/") if r.range and not r.range.startswith("bytes=0-")]
+    assert cut, "no download was cut"
