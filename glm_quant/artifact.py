@@ -8,6 +8,7 @@ macOS only `F_FULLFSYNC` reaches the platter; plain fsync there stops at the dri
 import errno
 import hashlib
 import os
+import re
 import shutil
 import sys
 from collections.abc import Generator
@@ -20,6 +21,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from glm_quant.errors import DiskSpaceError, IntegrityError
 
 _BLOCK = 8 << 20
+_SEAL = re.compile(rb',\n  "seal": "([0-9a-f]{64})"\n}\n\Z')
 
 
 class FileDigest(BaseModel):
@@ -83,16 +85,48 @@ class Record(BaseModel):
         return all(output.is_there(root) for output in self.outputs)
 
     def save(self, path: Path) -> None:
-        """Write the record; call it after the outputs are durable."""
-        write_atomic(path, (self.model_dump_json(indent=2) + "\n").encode())
+        """Write the record, sealed; call it after the outputs are durable."""
+        write_atomic(path, seal(self.model_dump_json(indent=2)))
 
     @classmethod
     def load(cls, path: Path) -> Self | None:
-        """Read a record; None when absent or unreadable, since then the work is simply redone."""
+        """Read a record; None when absent or damaged, since then the work is simply redone."""
         try:
-            return cls.model_validate_json(path.read_bytes())
-        except (FileNotFoundError, ValidationError):
+            return cls.model_validate_json(unseal(path.read_bytes(), path))
+        except (FileNotFoundError, IntegrityError, ValidationError):
             return None
+
+
+def seal(text: str) -> bytes:
+    """Return a JSON object with the sha256 of its own text as last key.
+
+    A flipped bit in a digest or a measured number leaves good JSON; this tells it.
+    """
+    if not text.endswith("\n}"):
+        raise ValueError("a sealed JSON object is indented and not empty")
+    digest = hashlib.sha256(text.encode()).hexdigest()
+    return f'{text[:-2]},\n  "seal": "{digest}"\n}}\n'.encode()
+
+
+def unseal(data: bytes, path: Path) -> bytes:
+    """Return the JSON object that was sealed.
+
+    Args:
+        data: what `seal` returned.
+        path: where it was read, for the message.
+
+    Raises:
+        IntegrityError: it has no seal, or is not what was sealed.
+    """
+    found = _SEAL.search(data)
+    text = data[: found.start()] + b"\n}" if found else b""
+    digest = hashlib.sha256(text).hexdigest()
+    if found is None or found[1].decode() != digest:
+        raise IntegrityError(
+            f"{path}: its seal says sha256 {found[1].decode() if found else '(nothing)'}, its text "
+            f"has {digest}. It was changed or cut after it was written; make or fetch it again."
+        )
+    return text
 
 
 def sha256_file(path: Path) -> str:

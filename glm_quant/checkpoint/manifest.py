@@ -9,7 +9,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, JsonValue, ValidationError
 
-from glm_quant.artifact import FileDigest
+from glm_quant.artifact import FileDigest, seal, unseal, write_atomic
 from glm_quant.errors import CheckpointError
 
 MANIFEST_NAME = "manifest.json"
@@ -53,16 +53,21 @@ class Manifest(BaseModel):
     shards: list[ManifestShard]
     files: list[FileDigest]
 
+    def save(self, folder: Path) -> None:
+        """Write it, sealed; where it stands, the output is whole."""
+        write_atomic(folder / MANIFEST_NAME, seal(self.model_dump_json(indent=2)))
+
 
 def load_manifest(folder: Path) -> Manifest:
     """Read the manifest of a finished output.
 
     Raises:
         CheckpointError: there is none, or it cannot be read.
+        IntegrityError: it is not as it was written.
     """
     path = folder / MANIFEST_NAME
     try:
-        return Manifest.model_validate_json(path.read_bytes())
+        return Manifest.model_validate_json(unseal(path.read_bytes(), path))
     except FileNotFoundError:
         raise CheckpointError(
             f"{folder}: there is no {MANIFEST_NAME}, so this is no finished output of glm-quant."

@@ -10,8 +10,8 @@ import logging
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from glm_quant.artifact import write_atomic
-from glm_quant.errors import SourceError
+from glm_quant.artifact import seal, unseal, write_atomic
+from glm_quant.errors import IntegrityError, SourceError
 from glm_quant.hub.huggingface import HubSource, parse_hub_uri
 from glm_quant.workspace import Workspace
 
@@ -50,7 +50,7 @@ def open_hub(uri: str, workspace: Workspace | None, window: int) -> HubSource:
 
     def record(commit: str) -> None:
         begun = Pin(repo=repo, revision=revision, commit=commit)
-        write_atomic(workspace.pin, (begun.model_dump_json(indent=2) + "\n").encode())
+        write_atomic(workspace.pin, seal(begun.model_dump_json(indent=2)))
 
     return HubSource(repo, revision, workspace.source, window, on_pin=record)
 
@@ -58,6 +58,6 @@ def open_hub(uri: str, workspace: Workspace | None, window: int) -> HubSource:
 def _load(workspace: Workspace) -> Pin | None:
     """Read the record; one that cannot be read is none."""
     try:
-        return Pin.model_validate_json(workspace.pin.read_bytes())
-    except (FileNotFoundError, ValidationError):
+        return Pin.model_validate_json(unseal(workspace.pin.read_bytes(), workspace.pin))
+    except (FileNotFoundError, IntegrityError, ValidationError):
         return None

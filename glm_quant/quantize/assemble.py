@@ -13,7 +13,7 @@ from typing import Any
 from glm_quant import __version__
 from glm_quant.artifact import FileDigest, full_disk_named, write_atomic
 from glm_quant.checkpoint.index import INDEX_NAME
-from glm_quant.checkpoint.manifest import MANIFEST_NAME, Manifest, ManifestShard
+from glm_quant.checkpoint.manifest import Manifest, ManifestShard
 from glm_quant.checkpoint.reader import Checkpoint
 from glm_quant.errors import RunError
 from glm_quant.fingerprint import fingerprint
@@ -132,7 +132,7 @@ def _assemble(
         ],
         files=sorted(written, key=lambda digest: digest.path),
     )
-    write_atomic(folder / MANIFEST_NAME, (manifest.model_dump_json(indent=1) + "\n").encode())
+    manifest.save(folder)
     return manifest
 
 

@@ -223,7 +223,7 @@ def write_source(folder: Path, layers: int, experts: int) -> Path:
     config = small_config(layers, experts) | dims
     write_checkpoint(folder / "source", config, shard_bytes=6_000_000)
     recipe = folder / "crash.yaml"
-    recipe.write_text(RECIPE.format(shard_bytes="2_000_000"))
+    recipe.write_text(RECIPE.format(shard_bytes="3_000_000"))
     return recipe
 
 

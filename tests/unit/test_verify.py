@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from glm_quant.artifact import FileDigest
-from glm_quant.checkpoint.manifest import load_manifest
+from glm_quant.artifact import FileDigest, seal
+from glm_quant.checkpoint.manifest import Manifest, load_manifest
 from glm_quant.errors import CheckpointError, IntegrityError
 from glm_quant.quantize.verify import verify
 from glm_quant.testbed.synthetic import small_config, write_checkpoint
@@ -19,14 +19,17 @@ from ..conftest import Made
 
 def rewrite(folder: Path, name: str, change: Callable[[dict[str, Any]], object]) -> None:
     """Change a JSON file of an output and let the manifest agree with it."""
+    manifest = load_manifest(folder)
+    if name == "manifest.json":
+        value = manifest.model_dump(mode="json")
+        change(value)
+        Manifest.model_validate(value).save(folder)
+        return
     value = json.loads((folder / name).read_bytes())
     change(value)
     (folder / name).write_text(json.dumps(value))
-    if name != "manifest.json":
-        manifest = load_manifest(folder)
-        files = [FileDigest.of(folder, d.path) if d.path == name else d for d in manifest.files]
-        changed = manifest.model_copy(update={"files": files})
-        (folder / "manifest.json").write_text(changed.model_dump_json())
+    files = [FileDigest.of(folder, d.path) if d.path == name else d for d in manifest.files]
+    manifest.model_copy(update={"files": files}).save(folder)
 
 
 def test_whole_output(made: Made) -> None:
@@ -87,14 +90,17 @@ def test_index_that_does_not_fit_the_shards(made: Made) -> None:
         verify(made.output)
 
 
-@pytest.mark.parametrize(
-    "content", ["", "{", "[]", "{}", '{"format": 1, "fingerprint": "x", "shards": 3}']
-)
+@pytest.mark.parametrize("content", ["", "{", "[]", "{}", '{\n "format": 1,\n "shards": 3\n}'])
 def test_manifest_that_cannot_be_read(made: Made, content: str) -> None:
-    """A manifest that was cut or changed is a CheckpointError that names it."""
-    (made.output / "manifest.json").write_text(content)
-    with pytest.raises(CheckpointError, match=r"manifest\.json: the manifest cannot be read"):
+    """A manifest that was cut or changed, or that is sealed but is none, is named."""
+    path = made.output / "manifest.json"
+    path.write_text(content)
+    with pytest.raises(IntegrityError, match=r"manifest\.json: its seal says"):
         verify(made.output)
+    if content.endswith("\n}"):
+        path.write_bytes(seal(content))
+        with pytest.raises(CheckpointError, match=r"manifest\.json: the manifest cannot be read"):
+            verify(made.output)
 
 
 def test_recipe_of_the_manifest_cannot_be_read(made: Made) -> None:
@@ -123,9 +129,8 @@ def test_one_changed_block_is_found_with_the_source(made: Made) -> None:
     data = bytearray(target.read_bytes())
     data[-8] ^= 1
     target.write_bytes(data)
-    manifest = json.loads((made.output / "manifest.json").read_bytes())
-    manifest["shards"][0]["file"] = FileDigest.of(made.output, target.name).model_dump()
-    (made.output / "manifest.json").write_text(json.dumps(manifest))
+    agreed = FileDigest.of(made.output, target.name).model_dump()
+    rewrite(made.output, "manifest.json", lambda m: m["shards"][0].update(file=agreed))
     verify(made.output)
     with pytest.raises(IntegrityError, match=rf"{target.name}: tensor .* gives other bytes"):
         verify(made.output, made.checkpoint.source.uri, samples=10**6)
