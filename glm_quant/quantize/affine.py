@@ -18,15 +18,12 @@ bytes.
 from functools import cache
 from typing import Any
 
-import numba
 import numpy as np
 from numpy.typing import NDArray
 
-Bits = NDArray[np.uint16 | np.uint32]
+from glm_quant.compiled import compiled
 
-# Values are finite when they come here, so a minimum needs no care for NaN, and which of -0 and +0
-# it gives does not matter. Nothing that changes a rounding is allowed: no "contract", no "arcp".
-_RELAXED = {"nnan", "nsz"}
+Bits = NDArray[np.uint16 | np.uint32]
 
 
 def quantize_affine(
@@ -44,6 +41,14 @@ def quantize_affine(
         codes [rows, width · bits / 32], scales and biases [rows, width / group_size], the latter
         two as the bits of `dtype`. Codes fill each row as one little-endian stream of bits.
     """
+    codes, scales, biases = quantize_unrounded(weights, dtype, bits, group_size)
+    return codes, from_float32(scales, dtype), from_float32(biases, dtype)
+
+
+def quantize_unrounded(
+    weights: Bits, dtype: str, bits: int, group_size: int
+) -> tuple[NDArray[np.uint32], NDArray[np.float32], NDArray[np.float32]]:
+    """Quantize rows as `quantize_affine` does; scales and biases are those the codes came from."""
     rows, width = weights.shape
     codes = np.empty((rows, width * bits // 32), np.uint32)
     scales = np.empty((rows, width // group_size), np.float32)
@@ -54,7 +59,7 @@ def quantize_affine(
         source, shift = to_float32(weights, dtype).view(np.uint32).reshape(-1), 0
     loop = _loop(bits, shift)
     loop(source, group_size, codes.reshape(-1), scales.reshape(-1), biases.reshape(-1))
-    return codes, from_float32(scales, dtype), from_float32(biases, dtype)
+    return codes, scales, biases
 
 
 def to_float32(bits: Bits, dtype: str) -> NDArray[np.float32]:
@@ -81,7 +86,7 @@ def largest_magnitude(bits: Bits) -> int:
     return int(_largest(bits.reshape(-1), bits.dtype.type(sign)))
 
 
-@numba.njit(nogil=True, cache=True)
+@compiled
 def _largest(bits: Any, no_sign: Any) -> Any:  # pragma: no cover - compiled
     most = no_sign & 0
     for value in bits:
@@ -89,13 +94,37 @@ def _largest(bits: Any, no_sign: Any) -> Any:  # pragma: no cover - compiled
     return most
 
 
+@compiled
+def _pack(codes: Any, bits: Any, out: Any, word: Any) -> None:  # pragma: no cover - compiled
+    """Write a group's codes as a stream of bits to the words of `out` from `word` on.
+
+    Callers give a constant number of bits; then this unrolls and vectorizes.
+    """
+    if 32 % bits == 0:
+        per_word = 32 // bits
+        for k in range(codes.size // per_word):
+            packed = np.uint32(0)
+            for i in range(per_word):
+                packed |= codes[k * per_word + i] << np.uint32(i * bits)
+            out[word + k] = packed
+    else:
+        stream = np.uint64(0)
+        filled = 0
+        for j in range(codes.size):
+            stream |= np.uint64(codes[j]) << np.uint64(filled)
+            filled += bits
+            if filled >= 32:
+                out[word] = np.uint32(stream & np.uint64(0xFFFFFFFF))
+                stream >>= np.uint64(32)
+                filled -= 32
+                word += 1
+
+
 @cache
 def _loop(bits: int, shift: int) -> Any:
-    """Compile the loop for a number of bits; with it constant, packing unrolls and vectorizes."""
     n = np.float32((1 << bits) - 1)
     eps = np.float32(1e-7)
     zero = np.float32(0)
-    per_word = 32 // bits if 32 % bits == 0 else 0
 
     def loop(  # pragma: no cover - compiled
         source: Any, group_size: Any, out: Any, scales: Any, biases: Any
@@ -103,7 +132,6 @@ def _loop(bits: int, shift: int) -> Any:
         group = np.empty(group_size, np.float32)
         pattern = group.view(np.uint32)
         codes = np.empty(group_size, np.uint32)
-        words = group_size * bits // 32
         for g in range(scales.size):
             first = g * group_size
             for j in range(group_size):
@@ -125,25 +153,31 @@ def _loop(bits: int, shift: int) -> Any:
             for j in range(group_size):
                 code = np.rint((group[j] - bias) / scale)
                 codes[j] = np.uint32(np.int32(min(max(code, zero), n)))
-            word = g * words
-            if per_word:
-                for k in range(words):
-                    packed = np.uint32(0)
-                    for i in range(per_word):
-                        packed |= codes[k * per_word + i] << np.uint32(i * bits)
-                    out[word + k] = packed
-            else:
-                stream = np.uint64(0)
-                filled = 0
-                for j in range(group_size):
-                    stream |= np.uint64(codes[j]) << np.uint64(filled)
-                    filled += bits
-                    if filled >= 32:
-                        out[word] = np.uint32(stream & np.uint64(0xFFFFFFFF))
-                        stream >>= np.uint64(32)
-                        filled -= 32
-                        word += 1
+            _pack(codes, bits, out, g * (group_size * bits // 32))
             scales[g] = scale
             biases[g] = bias
 
-    return numba.njit(nogil=True, fastmath=_RELAXED, error_model="numpy", cache=True)(loop)
+    return compiled(loop)
+
+
+@cache
+def recoder(bits: int) -> Any:
+    """Compile recode: the nearest codes of chosen groups under other scales and biases.
+
+    Its arguments: weights in float32, scales, biases, which groups, and the words of codes.
+    """
+    n, zero = np.float32((1 << bits) - 1), np.float32(0)
+
+    def recode(  # pragma: no cover - compiled
+        source: Any, scales: Any, biases: Any, chosen: Any, words: Any
+    ) -> None:
+        size = source.size // scales.size
+        codes = np.empty(size, np.uint32)
+        for g in range(scales.size):
+            if chosen[g]:
+                for j in range(size):
+                    code = np.rint((source[g * size + j] - biases[g]) / scales[g])
+                    codes[j] = np.uint32(np.int32(min(max(code, zero), n)))
+                _pack(codes, bits, words, g * (size * bits // 32))
+
+    return compiled(recode)

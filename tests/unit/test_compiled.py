@@ -1,0 +1,50 @@
+"""Compiled loops are kept so that processes side by side cannot mix them up."""
+
+from pathlib import Path
+
+from glm_quant.compiled import KeyedCacheFile, compiled
+
+
+def test_variants_saved_at_the_same_time(tmp_path: Path) -> None:
+    """Of two processes that save two variants at once, neither gets the other's code.
+
+    The second reads the index before the first writes it, and writes while the first does.
+    """
+    first = KeyedCacheFile(tmp_path, "loop", "stamp")
+    second = KeyedCacheFile(tmp_path, "loop", "stamp")
+    empty = second._load_index()
+    save_data = first._save_data
+
+    def meanwhile(name: str, data: str) -> None:
+        second._load_index = lambda: empty
+        second.save("4 bits", "code for 4 bits")
+        save_data(name, data)
+
+    first._save_data = meanwhile
+    first.save("2 bits", "code for 2 bits")
+    again = KeyedCacheFile(tmp_path, "loop", "stamp")
+    assert again.load("4 bits") in ("code for 4 bits", None)
+    assert again.load("2 bits") in ("code for 2 bits", None)
+    second.save("4 bits", "code for 4 bits")
+    assert again.load("4 bits") == "code for 4 bits"
+
+
+def test_code_of_another_source_is_not_used(tmp_path: Path) -> None:
+    """After a change of the source file, nothing that was kept is used."""
+    KeyedCacheFile(tmp_path, "loop", "old").save("key", "old code")
+    new = KeyedCacheFile(tmp_path, "loop", "new")
+    assert new.load("key") is None
+    new.save("key", "new code")
+    assert new.load("key") == "new code"
+
+
+def _double(value: float) -> float:
+    return 2 * value
+
+
+def test_loops_are_kept() -> None:
+    """A compiled loop is loaded the next time: numba's dispatcher uses this cache."""
+    for _ in range(2):
+        loop = compiled(_double)
+        assert loop(1.5) == 3.0
+    assert sum(loop.stats.cache_hits.values()) == 1
