@@ -30,6 +30,8 @@ ComponentGroup = Literal[
 ]
 StoredDtype = Literal["source", "bfloat16", "float16", "float32"]
 Mode = Literal["affine", "mxfp4", "nvfp4", "mxfp8"]
+# How the affine mode's scales and biases are chosen; the other modes have one way.
+Quantizer = Literal["minmax", "search"]
 
 # What mx.quantize 0.32 accepts.
 _AFFINE_BITS = (2, 3, 4, 5, 6, 8)
@@ -52,6 +54,7 @@ class Rule(_Section):
     bits: int | None = None
     group_size: int = 64
     mode: Mode = "affine"
+    quantizer: Quantizer | None = Field(default=None, description="default: the recipe's")
     dtype: StoredDtype | None = None
     drop: bool = False
     line: int = Field(default=0, exclude=True)
@@ -71,9 +74,13 @@ class Rule(_Section):
                 ) from None
         if self.bits is not None:
             self._check_scheme(self.bits)
+        elif self.quantizer is not None:
+            raise ValueError("quantizer is given without `bits`: nothing is quantized here")
         return self
 
     def _check_scheme(self, bits: int) -> None:
+        if self.quantizer is not None and self.mode != "affine":
+            raise ValueError(f"quantizer is for the affine mode; {self.mode} has only MLX's own")
         if self.mode in _FIXED:
             if (bits, self.group_size) != _FIXED[self.mode]:
                 fixed = _FIXED[self.mode]
@@ -163,7 +170,7 @@ class Recipe(_Section):
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     description: str
     source: str | None = Field(default=None, description="default source; --source overrides it")
-    quantizer: Literal["minmax"] = "minmax"
+    quantizer: Quantizer = Field(default="minmax", description="of rules that do not name theirs")
     shard_bytes: int = Field(
         default=5 << 30, ge=1 << 16, description="largest payload of an output shard"
     )

@@ -59,16 +59,14 @@ class ShardInputs(BaseModel):
 
     Attributes:
         version: of the encoder.
-        quantizer: by its name in the recipe.
         layout: sha256 of the shard's header.
-        schemes: of each weight that has a tensor in the shard.
+        schemes: of each weight that has a tensor in the shard, with its quantizer.
         sources: identity of each source shard that it draws on.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     version: int
-    quantizer: str
     layout: str
     schemes: dict[str, str]
     sources: dict[str, str]
@@ -214,7 +212,6 @@ class Conversion:
         sources = sorted({weight_map[job.source] for job in jobs})
         return ShardInputs(
             version=VERSION,
-            quantizer=self._recipe.quantizer,
             layout=hashlib.sha256(self.plan.shards[shard].header).hexdigest(),
             schemes=schemes,
             sources={name: files[name].identity for name in sources},

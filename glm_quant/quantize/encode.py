@@ -1,8 +1,8 @@
 """One block of rows to its stored bytes: the only place where weights change value.
 
 Blocks are numpy arrays of the bits of their dtype, since numpy has no bfloat16. The affine schemes
-are our own loop (`affine`); the mx and nv formats are mx.quantize's, on the CPU on every machine.
-mx.quantize returns plausible numbers for NaN input, so every value is looked at before.
+are our own loops (`affine`, `search`); the mx and nv formats are mx.quantize's, on the CPU on every
+machine. mx.quantize returns plausible numbers for NaN input, so every value is looked at before.
 """
 
 import threading
@@ -22,6 +22,7 @@ from glm_quant.quantize.affine import (
     to_float32,
 )
 from glm_quant.quantize.scheme import Quantized, Scheme
+from glm_quant.quantize.search import quantize_search
 
 # Part of every fingerprint: raise it with any change that alters output bytes.
 VERSION = 1
@@ -80,7 +81,8 @@ def encode(rows: Rows, scheme: Scheme, where: str) -> list[NDArray[np.uint8]]:
     if not isinstance(scheme, Quantized):
         arrays = [_cast(rows, scheme.dtype, where)]
     elif scheme.mode == "affine":
-        codes, scales, biases = quantize_affine(*rows, scheme.bits, scheme.group_size)
+        quantize = quantize_search if scheme.quantizer == "search" else quantize_affine
+        codes, scales, biases = quantize(*rows, scheme.bits, scheme.group_size)
         if largest_magnitude(scales) >= _INFINITY[rows.dtype]:
             bad = int((~np.isfinite(to_float32(scales, rows.dtype))).sum())
             raise WeightError(

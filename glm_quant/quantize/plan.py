@@ -215,7 +215,8 @@ def _scheme(rule: Rule, weight: OutputWeight, recipe: Recipe) -> Scheme | None:
             f"{width} of tensor {weight.name}. Choose one of "
             f"{', '.join(str(g) for g in (32, 64, 128) if width % g == 0) or 'another dtype'}."
         )
-    return Quantized(rule.mode, rule.bits, rule.group_size)
+    quantizer = rule.quantizer or recipe.quantizer if rule.mode == "affine" else "minmax"
+    return Quantized(rule.mode, rule.bits, rule.group_size, quantizer)
 
 
 def _lay_out(

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from glm_quant.checkpoint.header import ITEM_SIZE
 from glm_quant.model.geometry import Shape
-from glm_quant.recipe import Mode
+from glm_quant.recipe import Mode, Quantizer
 
 
 @dataclass(frozen=True)
@@ -20,14 +20,16 @@ class Quantized:
     mode: Mode
     bits: int
     group_size: int
+    quantizer: Quantizer = "minmax"
 
     def config(self) -> dict[str, str | int]:
         """Return the entry of mlx-lm's quantization config."""
         return {"group_size": self.group_size, "bits": self.bits, "mode": self.mode}
 
     def describe(self) -> str:
-        """Return the short form for tables, such as "2-bit g64"."""
+        """Return all of it in short, such as "2-bit g64" or "2-bit g64 search"."""
         suffix = "" if self.mode == "affine" else f" {self.mode}"
+        suffix += "" if self.quantizer == "minmax" else f" {self.quantizer}"
         return f"{self.bits}-bit g{self.group_size}{suffix}"
 
 

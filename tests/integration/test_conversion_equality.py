@@ -196,7 +196,9 @@ def shuffled_jobs(plan: Plan) -> list[Job]:
     ],
     ids=["blocks of 2,000 and two workers", "four workers", "any order"],
 )
+@pytest.mark.parametrize("quantizer", ["minmax", "search"])
 def test_bytes_do_not_depend_on_how(
+    quantizer: str,
     workers: int,
     jobs: Callable[[Plan], list[Job]],
     small: Path,
@@ -206,6 +208,7 @@ def test_bytes_do_not_depend_on_how(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Number of workers, size of blocks and order of jobs leave every shard's sha256 the same."""
+    demo_recipe = demo_recipe.model_copy(update={"quantizer": quantizer})
     expected = digests(prepare(small, tmp_path / "plain", demo_recipe, 1))
     monkeypatch.setattr(convert, "make_jobs", jobs)
     assert digests(prepare(small, tmp_path / "other", demo_recipe, workers)) == expected

@@ -61,6 +61,23 @@ def test_fingerprint_sees_what_decides_bytes(small: Path, tmp_path: Path, prepar
         assert prepare(small, tmp_path, other).conversion.fingerprint(0) != plain.fingerprint(0)
 
 
+def test_another_quantizer_remakes_what_it_is_for(
+    small: Path, tmp_path: Path, prepare: Prepare
+) -> None:
+    """A quantizer named in one rule changes the shards with that rule's weights, and no others."""
+    recipe = load_recipe("demo").model_copy(update={"shard_bytes": 100_000})
+    rules = tuple(
+        rule.model_copy(update={"quantizer": "search"}) if rule.group == "routed_experts" else rule
+        for rule in recipe.rules
+    )
+    before = prepare(small, tmp_path, recipe).conversion
+    after = prepare(small, tmp_path, recipe.model_copy(update={"rules": rules})).conversion
+    for i, shard in enumerate(before.plan.shards):
+        holds_experts = any(".switch_mlp." in tensor.name for tensor in shard.tensors)
+        assert (before.fingerprint(i) != after.fingerprint(i)) == holds_experts
+        assert after.plan.shards[i] == shard  # the same bytes in the same places
+
+
 def test_fingerprint_sees_the_source(
     small_copy: Path, tmp_path: Path, prepare: Prepare, demo_recipe: Recipe
 ) -> None:

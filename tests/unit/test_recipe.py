@@ -76,6 +76,18 @@ def test_fingerprint_inputs_ignore_words() -> None:
         (HEAD + "  - group: experts\n    bits: 4\n", 4, "rules.0.group"),
         (HEAD + "  - group: norms\n", 4, "exactly one of `bits`, `dtype` and `drop: true`"),
         (HEAD + "  - group: norms\n    bits: 4\n    dtype: source\n", 4, "exactly one of `bits`"),
+        (
+            HEAD + "  - group: norms\n    dtype: source\n    quantizer: search\n",
+            4,
+            "without `bits`",
+        ),
+        (
+            HEAD + "  - group: norms\n    bits: 4\n    group_size: 32\n    mode: mxfp4\n"
+            "    quantizer: search\n",
+            4,
+            "quantizer is for the affine mode; mxfp4 has only MLX's own",
+        ),
+        (HEAD + REST + "quantizer: best\n", 10, "quantizer: Input should be 'minmax' or 'search'"),
         (HEAD + "  - bits: 4\n", 4, "exactly one of `group` and `match`"),
         (HEAD + "  - group: norms\n    match: a\n    bits: 4\n", 4, "exactly one of `group`"),
         (HEAD + "  - match: '['\n    bits: 4\n", 4, "is no regular expression"),
@@ -196,6 +208,19 @@ def test_first_rule_wins(index_only: Callable[..., Checkpoint]) -> None:
     assert by_path["model.layers.1.mlp.switch_mlp.down_proj"] == "8-bit g64"
     assert by_path["model.layers.1.mlp.switch_mlp.up_proj"] == "4-bit g64"
     assert by_path["model.layers.2.mlp.switch_mlp.down_proj"] == "4-bit g64"
+
+
+def test_quantizer_of_a_rule_and_of_the_recipe(index_only: Callable[..., Checkpoint]) -> None:
+    """A rule's own quantizer comes before the recipe's, whose default is MLX's."""
+    own = "  - match: layers\\.1\\..*switch_mlp\\.down_proj\n    bits: 2\n    quantizer: "
+    paths = [f"model.layers.{i}.mlp.switch_mlp.down_proj" for i in (1, 2)]
+    for text, expected in (
+        (f"{own}search\n{REST}", ["2-bit g64 search", "4-bit g64"]),
+        (f"{own}minmax\n{REST}quantizer: search\n", ["2-bit g64", "4-bit g64 search"]),
+    ):
+        plan = make_plan(index_only(small_config()), parse_recipe(HEAD + text, "mine.yaml"))
+        by_path = {planned.weight.path: planned.scheme.describe() for planned in plan.weights}
+        assert [by_path[path] for path in paths] == expected
 
 
 def test_recipe_without_mtp_in_the_checkpoint(index_only: Callable[..., Checkpoint]) -> None:
