@@ -3,11 +3,12 @@
 from pathlib import Path
 
 from glm_quant.checkpoint.source import FolderSource, Source
-from glm_quant.errors import SourceError
+from glm_quant.errors import PublishError, SourceError
+from glm_quant.hub.target import Target
 from glm_quant.hub.window import DEFAULT_WINDOW
 from glm_quant.workspace import Workspace
 
-__all__ = ["DEFAULT_WINDOW", "open_source"]
+__all__ = ["DEFAULT_WINDOW", "open_source", "open_target"]
 
 
 def open_source(
@@ -42,3 +43,33 @@ def open_source(
         f"{uri}: there are no sources of kind {scheme}://. Give a folder, hf://org/name@revision "
         "or s3://bucket/prefix."
     )
+
+
+def open_target(uri: str, build_id: str, *, private: bool = False) -> Target:
+    """Return the target that a URI or a path names. Nothing is asked yet.
+
+    Args:
+        uri: a folder, file://folder, hf://org/name[@branch] or s3://bucket[/prefix].
+        build_id: names the build where it is uploaded out of sight.
+        private: create a repository for its owner's eyes only.
+
+    Raises:
+        PublishError: the scheme is not known, or the URI is malformed.
+    """
+    scheme, separator, rest = uri.partition("://")
+    try:
+        if scheme == "hf" and separator:
+            from glm_quant.hub.huggingface import parse_hub_uri
+            from glm_quant.hub.repository import HubTarget
+
+            return HubTarget(*parse_hub_uri(uri), build_id=build_id, private=private)
+    except SourceError as error:
+        raise PublishError(str(error)) from None
+    if separator and scheme != "file":
+        raise PublishError(
+            f"{uri}: there are no targets of kind {scheme}://. Give a folder, hf://org/name or "
+            "s3://bucket/prefix."
+        )
+    from glm_quant.hub.folder import FolderTarget
+
+    return FolderTarget(Path(rest if separator else uri), build_id)

@@ -1,70 +1,150 @@
 """Publishing to a folder: the whole build appears under its name at once, or not at all.
 
 Weights are hard-linked where target and workspace share a disk (nothing of ours ever writes into a
-finished file, so both names stay right) and copied elsewhere.
+finished file, so both names stay right) and copied elsewhere. What is uploaded ahead waits in a
+hidden folder beside the target.
 """
 
+import ctypes
 import errno
 import os
 import shutil
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 
-from glm_quant.artifact import copy_atomic, sync_folder
-from glm_quant.checkpoint.manifest import MANIFEST_NAME
-from glm_quant.errors import PublishError
+from glm_quant.artifact import FileDigest, copy_atomic, full_disk_named, sha256_file, sync_folder
+from glm_quant.checkpoint.manifest import MANIFEST_NAME, load_manifest
+from glm_quant.checkpoint.source import FolderSource, Source, SourceFile
+from glm_quant.errors import CheckpointError, PublishError
+from glm_quant.hub.target import Listing, Published, compare
+
+_AT_FDCWD = -100
+_RENAME_EXCHANGE = 2  # linux/fs.h; macOS calls the same RENAME_SWAP (sys/stdio.h)
 
 
-def publish_to_folder(build: Path, target: Path) -> list[str]:
-    """Make `target` a copy of a finished build.
+class FolderTarget:
+    """A folder on a disk of this machine, or one that is mounted."""
 
-    An earlier build of ours at `target` is replaced: it is moved aside, the new one takes its name,
-    then the old one is deleted.
+    def __init__(self, folder: Path, build_id: str) -> None:
+        """Prepare; nothing is touched yet."""
+        self._folder = folder.expanduser().absolute()
+        place = self._folder.resolve()
+        self._place = place
+        self._prefix = f".{place.name}."
+        self._fresh = place.with_name(f"{self._prefix}{build_id}.new")
 
-    Args:
-        build: a finished, verified checkpoint folder.
-        target: where it should appear.
+    @property
+    def uri(self) -> str:
+        """The folder's path."""
+        return str(self._folder)
 
-    Returns:
-        The published files, relative to `target`.
+    def visible(self) -> Listing:
+        """Return the folder's files: weights by its own manifest, the rest hashed."""
+        found: dict[str, SourceFile] = {}
+        if self._place.is_dir():
+            told = _told(self._place)
+            for path in sorted(p for p in self._place.rglob("*") if p.is_file()):
+                name = str(path.relative_to(self._place))
+                file = told.get(name)
+                if file is None or not file.is_there(self._place):
+                    file = FileDigest.of(self._place, name)
+                identity = f"sha256:{file.sha256}"
+                found[name] = SourceFile(name, file.size_bytes, identity, file.sha256)
+        return Listing("", found)
 
-    Raises:
-        PublishError: the target holds something that is no build of ours.
-    """
-    target = target.expanduser().resolve()
-    if target.is_relative_to(build.resolve()):
-        raise PublishError(
-            f"{target}: it is the build {build} itself or lies inside it. Choose another folder."
-        )
-    if target.exists() and not _is_ours(target):
-        raise PublishError(
-            f"{target}: it holds something that is no build of glm-quant. Choose a folder that "
-            "does not exist yet, or remove it."
-        )
-    target.parent.mkdir(parents=True, exist_ok=True)
-    fresh = target.with_name(f".{target.name}.new")
-    old = target.with_name(f".{target.name}.old")
-    for leftover in (fresh, old):
-        if leftover.exists():
-            shutil.rmtree(leftover)
-    files = sorted(p.relative_to(build) for p in build.rglob("*") if p.is_file())
-    for file in files:
-        _link_or_copy(build / file, fresh / file)
-    sync_folder(fresh)
-    if target.exists():
-        target.rename(old)
-    fresh.rename(target)
-    sync_folder(target.parent)
-    if old.exists():
-        shutil.rmtree(old)
-    return [str(file) for file in files]
+    def upload(self, folder: Path, file: FileDigest) -> None:
+        """Link or copy a file into the hidden folder."""
+        self._refuse(folder)
+        source, staged = folder / file.path, self._fresh / file.path
+        if file.is_there(self._fresh) and (
+            (source.exists() and staged.samefile(source)) or sha256_file(staged) == file.sha256
+        ):
+            return
+        if not source.is_file():
+            raise PublishError(
+                f"{source}: the shard is neither here nor in {self._fresh}. Run the conversion "
+                "again: it makes what is missing."
+            )
+        staged.unlink(missing_ok=True)
+        staged.parent.mkdir(parents=True, exist_ok=True)
+        with full_disk_named(staged.parent):
+            if not _link_or_copy(source, staged):
+                file.check(self._fresh)
+
+    def publish(self, folder: Path, files: Sequence[FileDigest]) -> Published:
+        """Exchange the hidden folder for the one that people see.
+
+        An earlier build of ours is replaced. Where the system cannot exchange two folders, the
+        earlier one is moved aside first: for a moment there is none.
+        """
+        self._refuse(folder)
+        diff = compare(folder, files, self.visible().files)
+        for file in files:
+            self.upload(folder, file)
+        wanted = {file.path for file in files}
+        for path in [p for p in self._fresh.rglob("*") if p.is_file()]:
+            if str(path.relative_to(self._fresh)) not in wanted:
+                path.unlink()
+        sync_folder(self._fresh)
+        old = self._place.with_name(f"{self._prefix}old")
+        if old.exists():
+            shutil.rmtree(old)
+        if not self._place.exists():
+            self._fresh.rename(self._place)
+        elif exchange(self._fresh, self._place):
+            self._fresh.rename(old)
+        else:
+            self._place.rename(old)
+            self._fresh.rename(self._place)
+        sync_folder(self._place.parent)
+        for leftover in [old, *self._place.parent.glob(f"{self._prefix}*.new")]:
+            if leftover.exists():
+                shutil.rmtree(leftover)
+        return Published("", self.uri, diff)
+
+    def staged(self, cache: Path) -> Source:  # noqa: ARG002 - local files need none
+        """Return the hidden folder, or the published one."""
+        return FolderSource(self._fresh if self._fresh.exists() else self._place)
+
+    def _refuse(self, build: Path) -> None:
+        if self._place.is_relative_to(build.resolve()):
+            raise PublishError(
+                f"{self._place}: it is the build {build} itself or lies inside it. Choose another "
+                "folder."
+            )
+        if self._place.exists() and not _is_ours(self._place):
+            raise PublishError(
+                f"{self._place}: it holds something that is no build of glm-quant. Choose a folder "
+                "that does not exist yet, or remove it."
+            )
+
+
+def exchange(one: Path, other: Path) -> bool:
+    """Give two folders each other's name in one step; False where the system cannot."""
+    library = ctypes.CDLL(None, use_errno=True)
+    names = os.fsencode(one), os.fsencode(other)
+    if sys.platform == "darwin" and hasattr(library, "renamex_np"):
+        return library.renamex_np(names[0], names[1], _RENAME_EXCHANGE) == 0
+    if hasattr(library, "renameat2"):
+        done = library.renameat2(_AT_FDCWD, names[0], _AT_FDCWD, names[1], _RENAME_EXCHANGE)
+        return done == 0
+    return False
+
+
+def _told(folder: Path) -> dict[str, FileDigest]:
+    try:
+        return {shard.file.path: shard.file for shard in load_manifest(folder).shards}
+    except CheckpointError:
+        return {}
 
 
 def _is_ours(target: Path) -> bool:
     return target.is_dir() and ((target / MANIFEST_NAME).is_file() or not any(target.iterdir()))
 
 
-def _link_or_copy(source: Path, target: Path) -> None:
-    target.parent.mkdir(parents=True, exist_ok=True)
+def _link_or_copy(source: Path, target: Path) -> bool:
+    """Bring a file there; returns whether both names are the same file."""
     if source.suffix == ".safetensors":
         try:
             os.link(source, target)
@@ -72,5 +152,6 @@ def _link_or_copy(source: Path, target: Path) -> None:
             if error.errno not in (errno.EXDEV, errno.EPERM, errno.ENOTSUP, errno.EMLINK):
                 raise
         else:
-            return
+            return True
     copy_atomic(source, target)
+    return False

@@ -1,7 +1,8 @@
 """Trying again: what may pass with time, how long to wait, and when to give up.
 
-A remote place raises `TransientError` for what may be different next time and `SourceError` for
-what will not. Only failures in a row count: whoever makes progress may go on for ever.
+A remote place raises `TransientError` for what may be different next time and `SourceError` (a
+target: `PublishError`) for what will not. Only failures in a row count: whoever makes progress may
+go on for ever.
 """
 
 import logging
@@ -14,7 +15,7 @@ from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from typing import TypeVar
 
-from glm_quant.errors import SourceError
+from glm_quant.errors import GlmQuantError, SourceError
 
 _log = logging.getLogger(__name__)
 
@@ -62,14 +63,22 @@ class Patience:
 class Attempts:
     """Counts failures in a row and waits between them."""
 
-    def __init__(self, patience: Patience, what: str, stop: threading.Event | None = None) -> None:
+    def __init__(
+        self,
+        patience: Patience,
+        what: str,
+        stop: threading.Event | None = None,
+        gives_up: type[GlmQuantError] = SourceError,
+    ) -> None:
         """Begin counting.
 
         Args:
             patience: when to give up.
             what: the file and its place, for messages.
             stop: set by another thread to end the waiting.
+            gives_up: what the last failure raises.
         """
+        self._gives_up = gives_up
         self._patience = patience
         self._what = what
         self._stop = stop or threading.Event()
@@ -87,12 +96,12 @@ class Attempts:
             state: how far it got, for the message.
 
         Raises:
-            SourceError: that was the last try.
+            GlmQuantError: that was the last try; of the kind `gives_up`.
             StoppedError: nobody wants it any more.
         """
         self.failures += 1
         if self.failures >= self._patience.tries:
-            raise SourceError(
+            raise self._gives_up(
                 f"{self._what}: {self.failures} tries in a row failed{state}, the last one: "
                 f"{error}. Check the network and the server, then run the same command again: it "
                 "goes on from what is on disk."
@@ -103,13 +112,18 @@ class Attempts:
             raise StoppedError
 
 
-def retry(action: Callable[[], T], patience: Patience, what: str) -> T:
+def retry(
+    action: Callable[[], T],
+    patience: Patience,
+    what: str,
+    gives_up: type[GlmQuantError] = SourceError,
+) -> T:
     """Return what `action` returns, trying again while it raises `TransientError`.
 
     Raises:
-        SourceError: it never succeeded.
+        GlmQuantError: it never succeeded; of the kind `gives_up`.
     """
-    attempts = Attempts(patience, what)
+    attempts = Attempts(patience, what, gives_up=gives_up)
     while True:
         try:
             return action()

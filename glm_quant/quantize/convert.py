@@ -19,7 +19,7 @@ from typing import Protocol
 import numpy as np
 from pydantic import BaseModel, ConfigDict
 
-from glm_quant.artifact import Record, full_disk_named, require_space
+from glm_quant.artifact import FileDigest, Record, full_disk_named, require_space
 from glm_quant.checkpoint.header import ITEM_SIZE
 from glm_quant.checkpoint.manifest import MANIFEST_NAME
 from glm_quant.checkpoint.reader import Checkpoint
@@ -86,6 +86,12 @@ class ShardRecord(Record):
     sources: dict[str, list[str]]
 
 
+class KeptElsewhere(Record):
+    """A finished shard whose local copy was let go: its bytes are at `target`, proved there."""
+
+    target: str
+
+
 class Conversion:
     """One plan being carried out in one workspace, whose lock the caller holds."""
 
@@ -138,7 +144,7 @@ class Conversion:
     def finished(self, shard: int) -> ShardRecord | None:
         """Return the record of an output shard if it is today's and the file is there."""
         record = ShardRecord.load(self.record_path(shard))
-        if record is None or not record.is_whole(self._workspace.checkpoint):
+        if record is None or not all(map(self.is_kept, record.outputs)):
             return None
         if record.fingerprint != self.fingerprint(shard):
             today, then = self._inputs[shard].model_dump(), record.inputs.model_dump()
@@ -147,6 +153,17 @@ class Conversion:
             _log.info("%s is made again: %s changed", name, ", ".join(drifted))
             return None
         return record
+
+    def elsewhere_path(self, name: str) -> Path:
+        """Return where it stands that a shard's local copy was let go."""
+        return self._workspace.records / "shards" / f"{name}.elsewhere.json"
+
+    def is_kept(self, file: FileDigest) -> bool:
+        """Whether a finished file is here, or is a shard that was let go and is kept elsewhere."""
+        if file.is_there(self._workspace.checkpoint):
+            return True
+        elsewhere = KeptElsewhere.load(self.elsewhere_path(file.path))
+        return elsewhere is not None and elsewhere.outputs == [file]
 
     def check_space(self) -> None:
         """Compare what is left to write with the free space.

@@ -91,7 +91,11 @@ class Stage(ABC, Generic[R]):
         record = self.record_type.load(self.record_path)
         if record is None or record.fingerprint != self.fingerprint():
             return None
-        return record if record.is_whole(self.root) else None
+        return record if self.is_whole(record) else None
+
+    def is_whole(self, record: R) -> bool:
+        """Whether the record's outputs are where they should be: cheap, does not read them."""
+        return record.is_whole(self.root)
 
     def keep(self, record: R) -> None:
         """Write the record: the stage is done from here on."""

@@ -185,6 +185,10 @@ class QuantizeStage(Stage[ShardRecord]):
         """Return the fingerprint under which the conversion records the shard."""
         return self.build.conversion.fingerprint(self.shard)
 
+    def is_whole(self, record: ShardRecord) -> bool:
+        """Whether the shard is here, or kept elsewhere."""
+        return all(map(self.build.conversion.is_kept, record.outputs))
+
     def make(self, progress: Progress) -> ShardRecord:
         """Complete the shard."""
         return self.build.conversion.complete(self.shard, progress)
@@ -234,6 +238,10 @@ class AssembleStage(Stage[BuildRecord]):
             "recipe": build.recipe.model_dump_json(),
             "versions": [__version__, version("mlx")],
         }
+
+    def is_whole(self, record: BuildRecord) -> bool:
+        """Whether every file is here; shards may be kept elsewhere."""
+        return all(map(self.build.conversion.is_kept, record.outputs))
 
     def make(self, progress: Progress) -> BuildRecord:
         """Write everything that is not weights, manifest last."""

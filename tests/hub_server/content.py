@@ -8,7 +8,7 @@ from functools import cache
 from pathlib import Path
 
 _BLOCK = 1 << 20
-_LFS_ENDINGS = (".safetensors", ".bin", "tokenizer.json")
+_LFS_ENDINGS = (".safetensors", ".bin", ".png", "tokenizer.json")
 
 # Yields the bytes from `begin` to `end`, in pieces.
 Reader = Callable[[int, int], Iterator[bytes]]
@@ -83,12 +83,14 @@ class Repo:
     gated: bool = False
     commits: dict[str, dict[str, Content]] = field(default_factory=dict)
     branches: dict[str, str] = field(default_factory=dict)
+    lfs: set[str] = field(default_factory=set)
 
     def commit(self, files: dict[str, Content], branch: str = "main") -> str:
         """Make a commit and move a branch to it."""
         seed = f"{next(_numbers)}".encode()
         commit = hashlib.sha1(seed).hexdigest()  # noqa: S324 - a name like git's
         self.commits[commit] = dict(files)
+        self.lfs |= {content.sha256 for name, content in files.items() if is_lfs(name)}
         self.branches[branch] = commit
         return commit
 

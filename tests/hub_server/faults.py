@@ -18,6 +18,8 @@ Kind = Literal[
     "ignore_range",  # send the whole file although a range was asked for
     "shift",  # send, and announce, a range that begins `after` bytes further on
     "expired_link",  # send on to an address whose signature has expired
+    "cut_upload",  # reset after `after` bytes of what is sent to us
+    "lose_reply",  # do what is asked, then reset instead of answering
 ]
 
 
@@ -46,6 +48,7 @@ class Request:
     authorization: str | None
     file: str = ""
     status: int | str = ""
+    received: int = 0
 
 
 class Faults:

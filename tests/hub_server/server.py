@@ -1,4 +1,5 @@
-"""The HTTP server: info, tree, resolve and a CDN behind signed addresses at another origin.
+"""The HTTP server: info, tree, resolve and a CDN behind signed addresses at another origin; what
+is written stands in `uploads.py`.
 
 Answers have the shape that huggingface_hub 2.4 requires; a test lets its `snapshot_download` loose
 on them. Standard library only: faults need the socket itself.
@@ -20,6 +21,7 @@ from urllib.parse import parse_qs, quote, unquote, urlsplit
 
 from tests.hub_server.content import Content, Repo, is_lfs
 from tests.hub_server.faults import Fault, Faults, Request
+from tests.hub_server.uploads import Uploads
 
 _REPO = r"([\w.-]+/[\w.-]+)"
 _BLOCK = 256 << 10
@@ -51,6 +53,10 @@ class HubServer(ThreadingHTTPServer):
         # A Xet store (`local://FOLDER` works), and what each content is called there.
         self.xet_store = ""
         self.xet_hashes: dict[str, str] = {}
+        # Larger uploads come in parts of this size.
+        self.part_bytes = 300_000
+        self.parts: dict[str, bytes] = {}
+        self.writing = threading.Lock()
         self.log: list[Request] = []
         self.connections: set[socket.socket] = set()
         self.closing = threading.Event()
@@ -103,7 +109,7 @@ class HubServer(ThreadingHTTPServer):
         return hmac.new(b"cdn", f"{sha256}:{expires}".encode(), hashlib.sha256).hexdigest()
 
 
-class _Handler(BaseHTTPRequestHandler):
+class _Handler(Uploads, BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     disable_nagle_algorithm = True
     server: HubServer
@@ -126,6 +132,15 @@ class _Handler(BaseHTTPRequestHandler):
     def do_HEAD(self) -> None:
         self._serve()
 
+    def do_POST(self) -> None:
+        self._serve()
+
+    def do_PUT(self) -> None:
+        self._serve()
+
+    def do_DELETE(self) -> None:
+        self._serve()
+
     def _serve(self) -> None:
         parts = urlsplit(self.path)
         self._query = parse_qs(parts.query)
@@ -142,6 +157,8 @@ class _Handler(BaseHTTPRequestHandler):
             self.server.closing.wait(self._fault.seconds)
         if self._fault and self._fault.kind == "reset_before":
             return self._reset()
+        if not self._receive():
+            return self._reset()
         if self._fault and self._fault.kind == "status":
             return self._json(self._fault.status, {"error": "on order"}, self._fault.headers)
         routes = {
@@ -151,6 +168,8 @@ class _Handler(BaseHTTPRequestHandler):
             rf"/{_REPO}/resolve/([^/]+)/(.+)": self._resolve,
             r"/cdn/([0-9a-f]{64})": self._cdn,
         }
+        if self.command in ("POST", "PUT", "DELETE"):
+            routes = self.upload_routes()
         for pattern, answer in routes.items():
             if match := re.fullmatch(pattern, self._asked.path):
                 return answer(*match.groups())
@@ -183,6 +202,8 @@ class _Handler(BaseHTTPRequestHandler):
                 "siblings": siblings,
             },
         )
+
+    tree_entry = staticmethod(lambda path, content: _tree_entry(path, content))
 
     def _tree(self, name: str, revision: str) -> None:
         found = self._find(name, revision)
@@ -256,11 +277,14 @@ class _Handler(BaseHTTPRequestHandler):
     # How they are sent
 
     def _json(self, status: int, value: Any, headers: dict[str, str] | None = None) -> None:
+        if self._fault and self._fault.kind == "lose_reply":
+            return self._reset()
         data = json.dumps(value).encode()
         self._asked.status = status
         self._head(status, len(data), {"Content-Type": "application/json", **(headers or {})})
         if self.command != "HEAD":
             self.wfile.write(data)
+        return None
 
     def _head(self, status: int, length: int, headers: dict[str, str]) -> None:
         self.send_response(status)
