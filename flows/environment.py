@@ -16,6 +16,7 @@ _DEFAULTS = {
     # A source is opened, and may have to be asked twice, before there is a flow to log to.
     "PREFECT_LOGGING_TO_API_WHEN_MISSING_FLOW": "ignore",
     "HF_HUB_DISABLE_TELEMETRY": "1",
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
 }
 
 

@@ -2,7 +2,7 @@
 
 from prefect import flow
 
-from glm_quant.build import BuildSpec, claimed, shards_of, targets_of
+from glm_quant.build import BuildSpec, claimed
 from glm_quant.stages.base import StageResult
 from tasks.assemble import assemble
 from tasks.card import card
@@ -10,8 +10,8 @@ from tasks.download import download
 from tasks.evaluate import evaluate
 from tasks.parity import parity
 from tasks.plan import plan
-from tasks.publish import publish
-from tasks.quantize import quantize
+from tasks.publish import publish_everywhere
+from tasks.upload import make_shards, restore_shards
 
 
 @flow(name="glm-quant", flow_run_name="{spec.recipe}", persist_result=False)
@@ -21,10 +21,11 @@ def release(spec: BuildSpec) -> list[StageResult]:
         return [
             download(spec),
             plan(spec),
-            *[quantize(spec, shard) for shard in shards_of(spec)],
+            *make_shards(spec),
             assemble(spec),
+            *restore_shards(spec),
             parity(spec),
             evaluate(spec),
             card(spec),
-            *[publish(spec, target) for target in targets_of(spec)],
+            *publish_everywhere(spec),
         ]

@@ -12,7 +12,9 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from glm_quant.checkpoint.reader import Checkpoint
 from glm_quant.errors import RecipeError
-from glm_quant.hub import DEFAULT_WINDOW, open_source
+from glm_quant.hub import DEFAULT_WINDOW, open_source, open_target
+from glm_quant.hub.retry import Patience
+from glm_quant.hub.target import Target
 from glm_quant.quantize.convert import Conversion
 from glm_quant.quantize.plan import make_plan
 from glm_quant.recipe import load_recipe
@@ -58,6 +60,14 @@ class Build:
         self.plan = make_plan(self.checkpoint, self.recipe)
         self.conversion = Conversion(self.checkpoint, self.recipe, self.plan, self.workspace)
         self.targets = tuple(dict.fromkeys((*self.recipe.publish.targets, *spec.targets)))
+
+    def open_target(self, uri: str, build_id: str, patience: Patience | None = None) -> Target:
+        """Return one of the build's targets, as the recipe wants it.
+
+        Raises:
+            PublishError: there are no targets of this kind.
+        """
+        return open_target(uri, build_id, self.recipe.publish, patience)
 
 
 _opened: dict[str, Build] = {}

@@ -160,6 +160,19 @@ class PublishSettings(_Section):
     name: str | None = Field(default=None, description="repository or folder name of the build")
     targets: tuple[str, ...] = ()
     license: str = "mit"
+    acknowledge_license: str | None = Field(
+        default=None,
+        description="name, or sha256 of the LICENSE file, of a source licence that is not open",
+    )
+    private: bool = Field(default=False, description="create the repository for its owner only")
+    keep_local: bool = Field(
+        default=True,
+        description="false: a shard goes from this disk when every target has it; parity and "
+        "evaluation fetch the build back",
+    )
+    keep_previous: bool = Field(
+        default=False, description="leave earlier builds in an S3 bucket where they are"
+    )
     base_model: str | None = None
     languages: tuple[str, ...] = ("en", "zh")
 

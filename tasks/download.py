@@ -4,6 +4,7 @@ from prefect import task
 
 from glm_quant.build import BuildSpec, open_build
 from glm_quant.stages.base import StageResult
+from glm_quant.stages.gates import check_targets
 from glm_quant.stages.making import DownloadStage
 from tasks.running import run_stage
 
@@ -11,4 +12,6 @@ from tasks.running import run_stage
 @task(name="download", task_run_name="download", persist_result=False)
 def download(spec: BuildSpec) -> StageResult:
     """Open the source and check that it is whole: `glm_quant.stages.making.DownloadStage`."""
-    return run_stage(DownloadStage(open_build(spec, afresh=True)))
+    build = open_build(spec, afresh=True)
+    check_targets(build)
+    return run_stage(DownloadStage(build))

@@ -4,8 +4,10 @@ from pathlib import Path
 
 from glm_quant.checkpoint.source import FolderSource, Source
 from glm_quant.errors import PublishError, SourceError
+from glm_quant.hub.retry import Patience
 from glm_quant.hub.target import Target
 from glm_quant.hub.window import DEFAULT_WINDOW
+from glm_quant.recipe import PublishSettings
 from glm_quant.workspace import Workspace
 
 __all__ = ["DEFAULT_WINDOW", "open_source", "open_target"]
@@ -45,24 +47,36 @@ def open_source(
     )
 
 
-def open_target(uri: str, build_id: str, *, private: bool = False) -> Target:
+def open_target(
+    uri: str,
+    build_id: str,
+    settings: PublishSettings | None = None,
+    patience: Patience | None = None,
+) -> Target:
     """Return the target that a URI or a path names. Nothing is asked yet.
 
     Args:
         uri: a folder, file://folder, hf://org/name[@branch] or s3://bucket[/prefix].
         build_id: names the build where it is uploaded out of sight.
-        private: create a repository for its owner's eyes only.
+        settings: the recipe's; default: the defaults.
+        patience: how often to try; default: minutes.
 
     Raises:
         PublishError: the scheme is not known, or the URI is malformed.
     """
+    settings = settings or PublishSettings()
     scheme, separator, rest = uri.partition("://")
     try:
         if scheme == "hf" and separator:
             from glm_quant.hub.huggingface import parse_hub_uri
             from glm_quant.hub.repository import HubTarget
 
-            return HubTarget(*parse_hub_uri(uri), build_id=build_id, private=private)
+            return HubTarget(
+                *parse_hub_uri(uri),
+                build_id=build_id,
+                private=settings.private,
+                patience=patience,
+            )
     except SourceError as error:
         raise PublishError(str(error)) from None
     if separator and scheme != "file":

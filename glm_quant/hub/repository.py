@@ -144,8 +144,11 @@ class HubTarget:
             self._prepared = True
 
     def _create(self) -> None:
-        self._api.create_repo(self._repo, private=self._private, exist_ok=True)
-        info = self._api.model_info(self._repo, timeout=60)
+        try:
+            info = self._api.model_info(self._repo, timeout=60)
+        except RepositoryNotFoundError:
+            self._api.create_repo(self._repo, private=self._private, exist_ok=True)
+            info = self._api.model_info(self._repo, timeout=60)
         if self._private and not info.private:
             raise PublishError(
                 f"{self.uri}: the recipe says `private: true`, and the repository is public. Make "
@@ -228,7 +231,7 @@ class HubTarget:
             return Listing("", {})
         siblings = info.siblings or ()
         files = [
-            _remote_file(s.rfilename, s.size or 0, s.lfs and s.lfs.sha256, s.blob_id)
+            _remote_file(s.rfilename, s.size or 0, s.lfs.sha256 if s.lfs else None, s.blob_id)
             for s in siblings
         ]
         return Listing(str(info.sha), {file.name: file for file in files})
@@ -240,7 +243,7 @@ class HubTarget:
         )
         return {
             entry.path: _remote_file(
-                entry.path, entry.size, entry.lfs and entry.lfs.sha256, entry.blob_id
+                entry.path, entry.size, entry.lfs.sha256 if entry.lfs else None, entry.blob_id
             )
             for entry in found
             if hasattr(entry, "blob_id")
@@ -286,6 +289,8 @@ class HubTarget:
             return TransientError(f"the connection to the Hub: {type(cause).__name__}")
         if isinstance(cause, RuntimeError):  # hf_xet has no kinds of errors
             return TransientError(f"the upload: {type(cause).__name__}")
+        if isinstance(cause, KeyError):
+            return PublishError(f"{where}: the Hub's answer lacks {cause}. Check HF_ENDPOINT.")
         if isinstance(cause, ValueError):
             return PublishError(f"{where}: {self._without_token(str(cause))}")
         return error

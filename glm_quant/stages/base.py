@@ -55,6 +55,8 @@ class Stage(ABC, Generic[R]):
 
     name: str
     record_type: type[R]
+    # Whether its failure is the run's: a stage beside the run's own course says nothing.
+    tells_failure = True
 
     def __init__(self, build: Build) -> None:
         """Attach to a build."""
@@ -111,10 +113,12 @@ class Stage(ABC, Generic[R]):
                 record = self.make(progress)
             except Exception as error:
                 report = Failure(stage=self.name, error=type(error).__name__, message=str(error))
-                write_atomic(failure, (report.model_dump_json(indent=2) + "\n").encode())
+                if self.tells_failure:
+                    write_atomic(failure, (report.model_dump_json(indent=2) + "\n").encode())
                 raise
             self.keep(record)
-            failure.unlink(missing_ok=True)
+            if self.tells_failure:
+                failure.unlink(missing_ok=True)
         return StageResult(
             stage=self.name,
             fingerprint=record.fingerprint,

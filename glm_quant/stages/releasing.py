@@ -1,4 +1,4 @@
-"""The stages that show a build to people: card, publish."""
+"""The stage that tells people of a build: card."""
 
 import hashlib
 from importlib.resources import files
@@ -6,12 +6,9 @@ from pathlib import Path
 
 from glm_quant.artifact import FileDigest, Record
 from glm_quant.build import Build
-from glm_quant.errors import PublishError
-from glm_quant.fingerprint import Canonical, fingerprint
-from glm_quant.hub.folder import publish_to_folder
+from glm_quant.fingerprint import Canonical
 from glm_quant.quantize.assemble import source_label
 from glm_quant.quantize.convert import Progress
-from glm_quant.quantize.verify import verify
 from glm_quant.report.card import BuildFacts, CardInputs, PlanFacts, SourceFacts, write_card
 from glm_quant.report.correctness import layer_errors, parity_rows
 from glm_quant.stages.base import Stage
@@ -100,62 +97,3 @@ def card_inputs(build: Build) -> CardInputs:
         evaluation=EvaluationStage(build).current(),
         layer_errors=layer_errors(parity.found) if parity else (),
     )
-
-
-class PublishRecord(Record):
-    """A published build."""
-
-    target: str
-    files: int
-
-
-class PublishStage(Stage[PublishRecord]):
-    """The verified build and its card, at one target, all at once."""
-
-    name = "publish"
-    record_type = PublishRecord
-
-    def __init__(self, build: Build, target: str) -> None:
-        """Attach to a build and a target."""
-        super().__init__(build)
-        self.target = target
-
-    @property
-    def record_path(self) -> Path:
-        """Where the record stands: one a target."""
-        return self.build.workspace.records / f"publish-{fingerprint(self.target)[:12]}.json"
-
-    @property
-    def root(self) -> Path:
-        """The target folder."""
-        return Path(self.target).expanduser().absolute()
-
-    def inputs(self) -> Canonical:
-        """Return the card, which depends on all that came before, and the target."""
-        return {"card": CardStage(self.build).fingerprint(), "target": self.target}
-
-    def make(self, progress: Progress) -> PublishRecord:
-        """Verify every byte once more, then publish.
-
-        Raises:
-            IntegrityError: the build is not what was recorded.
-            PublishError: the target cannot be used.
-        """
-        if "://" in self.target:
-            raise PublishError(
-                f"{self.target}: targets of this kind are not supported yet; publish to a folder "
-                "and upload that with `hf upload`."
-            )
-        verify(self.build.workspace.checkpoint)
-        published = publish_to_folder(self.build.workspace.checkpoint, self.root)
-        progress(1, 1)
-        return PublishRecord(
-            fingerprint=self.fingerprint(),
-            outputs=[FileDigest.of(self.root, file) for file in published],
-            target=self.target,
-            files=len(published),
-        )
-
-    def summarize(self, record: PublishRecord) -> str:
-        """Return where it is."""
-        return f"{record.files} files at {record.target}"

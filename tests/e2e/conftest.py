@@ -32,7 +32,10 @@ evaluation:
   stride: 32
   generation_tokens: 2
   prompt_tokens: [16]
-publish: {license: psf-2.0, languages: [en]}
+publish:
+  license: psf-2.0
+  acknowledge_license: 3b2f81fe21d181c499c59a256c8e1968455d6689d269aa85373bfb6af41da3bf
+  languages: [en]
 """
 
 

@@ -163,6 +163,7 @@ class _Handler(Uploads, BaseHTTPRequestHandler):
             return self._json(self._fault.status, {"error": "on order"}, self._fault.headers)
         routes = {
             rf"/api/models/{_REPO}(?:/revision/(.+))?": self._info,
+            rf"/api/models/{_REPO}/refs": self._refs,
             rf"/api/models/{_REPO}/tree/([^/]+)": self._tree,
             rf"/api/models/{_REPO}/xet-read-token/(.+)": self._xet_token,
             rf"/{_REPO}/resolve/([^/]+)/(.+)": self._resolve,
@@ -204,6 +205,14 @@ class _Handler(Uploads, BaseHTTPRequestHandler):
         )
 
     tree_entry = staticmethod(lambda path, content: _tree_entry(path, content))
+
+    def _refs(self, name: str) -> None:
+        if self._find(name, "main"):
+            branches = [
+                {"name": branch, "ref": f"refs/heads/{branch}", "targetCommit": commit}
+                for branch, commit in self.server.repos[name].branches.items()
+            ]
+            self._json(200, {"branches": branches, "converts": [], "tags": []})
 
     def _tree(self, name: str, revision: str) -> None:
         found = self._find(name, revision)

@@ -77,7 +77,8 @@ class Uploads:
         name = f"{wanted['organization']}/{wanted['name']}"
         if name in self.server.repos:
             if self._writable(name):
-                self._json(409, {"error": "You already created this model repo"})
+                url = f"{self.server.url}/{name}"
+                self._json(409, {"error": "You already created this model repo", "url": url})
             return
         self.server.repos[name] = Repo()
         if self._writable(name) is None:
@@ -165,6 +166,8 @@ class Uploads:
         self._json(200, {})
 
     def _verify(self, name: str, oid: str) -> None:
+        if oid in self.server.repos[name].lfs:
+            return self._json(200, {})
         data = self.server.parts.pop(f"{name}/{oid}/1", b"")
         if hashlib.sha256(data).hexdigest() != oid:
             return self._json(422, {"error": "the bytes are not those of the oid"})

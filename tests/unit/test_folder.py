@@ -5,8 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from glm_quant.errors import PublishError
-from glm_quant.hub.folder import publish_to_folder
+from glm_quant.artifact import FileDigest
+from glm_quant.errors import IntegrityError, PublishError
+from glm_quant.hub.folder import FolderTarget, exchange
+from glm_quant.hub.target import Published
 
 from ..conftest import Made
 
@@ -19,12 +21,17 @@ def contents(folder: Path) -> dict[str, str]:
     }
 
 
+def publish_to_folder(build: Path, target: Path) -> Published:
+    files = [FileDigest.of(build, name) for name in contents(build)]
+    return FolderTarget(target, "abc").publish(build, files)
+
+
 def test_copy_is_whole(made: Made, tmp_path: Path) -> None:
     """The target has every file of the build; weights share the disk's blocks."""
     target = tmp_path / "deep" / "published"
-    names = publish_to_folder(made.output, target)
+    published = publish_to_folder(made.output, target)
     assert contents(target) == contents(made.output)
-    assert sorted(names) == sorted(contents(target))
+    assert [change.name for change in published.diff.added] == sorted(contents(target))
     assert target.joinpath(made.shard_files[0].name).samefile(made.shard_files[0])
     assert [path.name for path in target.parent.iterdir()] == ["published"]
 
@@ -34,15 +41,18 @@ def test_earlier_build_is_replaced(made: Made, tmp_path: Path) -> None:
     target = tmp_path / "published"
     target.mkdir()
     publish_to_folder(made.output, target)
-    (target / "model-00009-of-00009.safetensors").write_bytes(b"of an earlier build")
-    publish_to_folder(made.output, target)
+    stale = "model-00009-of-00009.safetensors"
+    (target / stale).write_bytes(b"of an earlier build")
+    diff = publish_to_folder(made.output, target).diff
     assert contents(target) == contents(made.output)
+    assert [change.name for change in diff.deleted] == [stale]
+    assert (diff.added, diff.changed) == ((), ())
 
 
 def test_leftovers_of_a_killed_run(made: Made, tmp_path: Path) -> None:
     """What a killed run left beside the target does not stop the next one, and does not stay."""
     target = tmp_path / "published"
-    for name in (".published.new", ".published.old"):
+    for name in (".published.abc.new", ".published.other.new", ".published.old"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "half").write_bytes(b"x")
     publish_to_folder(made.output, target)
@@ -87,3 +97,41 @@ def test_published_copy_outlives_the_workspace(made: Made, tmp_path: Path) -> No
     made.shard_files[0].unlink()
     made.complete_all()
     assert contents(target) == before
+
+
+def test_uploaded_shards_need_no_local_copy(made: Made, tmp_path: Path) -> None:
+    """What waits in the hidden folder is taken from there; what is nowhere is named."""
+    files = [FileDigest.of(made.output, name) for name in contents(made.output)]
+    whole = contents(made.output)
+    target = FolderTarget(tmp_path / "published", "abc")
+    first, last = made.shard_files[0], made.shard_files[-1]
+    target.upload(made.output, next(file for file in files if file.path == first.name))
+    assert not (tmp_path / "published").exists()
+    first.unlink()
+    kept = last.rename(tmp_path / "kept")
+    with pytest.raises(PublishError, match=f"{last.name}: the shard is neither here nor in"):
+        target.publish(made.output, files)
+    kept.rename(last)
+    target.publish(made.output, files)
+    assert contents(tmp_path / "published") == whole
+
+
+def test_a_changed_file_is_not_published(made: Made, tmp_path: Path) -> None:
+    """A file that is copied is held against its record; the target stays as it was."""
+    files = [FileDigest.of(made.output, name) for name in contents(made.output)]
+    config = made.output / "config.json"
+    config.write_bytes(config.read_bytes().replace(b"1", b"2", 1))
+    with pytest.raises(IntegrityError, match=r"config\.json: the record says sha256"):
+        FolderTarget(tmp_path / "published", "abc").publish(made.output, files)
+    assert not (tmp_path / "published").exists()
+
+
+def test_two_folders_change_places_in_one_step(tmp_path: Path) -> None:
+    """Nobody finds the name taken by nothing; what does not exist is not exchanged."""
+    for name in ("one", "other"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / name).touch()
+    assert exchange(tmp_path / "one", tmp_path / "other")
+    assert (tmp_path / "one" / "other").exists()
+    assert (tmp_path / "other" / "one").exists()
+    assert not exchange(tmp_path / "one", tmp_path / "nowhere")
