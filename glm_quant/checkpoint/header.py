@@ -16,6 +16,9 @@ from glm_quant.errors import HeaderError
 # The largest header of the GLM-5.2 release is below 200 KB; safetensors itself allows 100 MB, which
 # as Python objects would cost about a gigabyte.
 MAX_HEADER_BYTES = 16 << 20
+# An index of GLM-5.2 has 60,000 values. As a Python object a value costs up to some 300 bytes,
+# however short its text is, so the size of the text alone bounds nothing.
+MAX_JSON_VALUES = 500_000
 _MAX_DIMS = 8
 _MAX_NAME = 200
 _MAX_ELEMENTS = 1 << 48
@@ -124,6 +127,7 @@ def _json_object(text: bytes, shard: str) -> dict[str, Any]:
             )
         return found
 
+    require_few_values(text, f"{shard}: the header")
     try:
         value = json.loads(text, object_pairs_hook=no_duplicates)
     except (ValueError, RecursionError) as error:
@@ -176,6 +180,20 @@ def _naturals(value: Any, where: str, field: str) -> tuple[int, ...]:
     ):
         raise HeaderError(f"{where}: {field} {shorten(value)} is no list of natural numbers.")
     return tuple(cast("list[int]", value))
+
+
+def require_few_values(text: bytes, what: str) -> None:
+    """Check, before Python makes objects of it, that some JSON cannot fill the memory.
+
+    Raises:
+        HeaderError: it may hold more than `MAX_JSON_VALUES` values.
+    """
+    values = sum(text.count(mark) for mark in (b",", b"[", b"{"))
+    if values > MAX_JSON_VALUES:
+        raise HeaderError(
+            f"{what} has up to {values:,} values, more than the {MAX_JSON_VALUES:,} that are "
+            "accepted. This is no checkpoint of GLM; fetch the file again."
+        )
 
 
 def shorten(value: Any) -> str:

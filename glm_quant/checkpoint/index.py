@@ -9,7 +9,7 @@ import re
 from dataclasses import dataclass
 from typing import Any, cast
 
-from glm_quant.checkpoint.header import shorten
+from glm_quant.checkpoint.header import require_few_values, shorten
 from glm_quant.errors import HeaderError
 
 INDEX_NAME = "model.safetensors.index.json"
@@ -31,17 +31,27 @@ class Index:
         return sorted(set(self.weight_map.values()))
 
 
+def require_index_size(size_bytes: int) -> None:
+    """Check an index's size, which is known before it is read.
+
+    Raises:
+        HeaderError: it is larger than any real one.
+    """
+    if size_bytes > MAX_INDEX_BYTES:
+        raise HeaderError(
+            f"{INDEX_NAME}: {size_bytes:,} bytes, more than the {MAX_INDEX_BYTES:,} that are "
+            "accepted. Fetch the file again."
+        )
+
+
 def parse_index(text: bytes) -> Index:
     """Read an index.
 
     Raises:
         HeaderError: malformed, or a shard name that is no plain file name.
     """
-    if len(text) > MAX_INDEX_BYTES:
-        raise HeaderError(
-            f"{INDEX_NAME}: {len(text):,} bytes, more than the {MAX_INDEX_BYTES:,} that are "
-            "accepted. Fetch the file again."
-        )
+    require_index_size(len(text))
+    require_few_values(text, INDEX_NAME)
     try:
         value = json.loads(text)
     except (ValueError, RecursionError) as error:

@@ -14,14 +14,22 @@ from typing import Any, Self, cast
 import mlx.core as mx
 import numpy as np
 
-from glm_quant.checkpoint.header import ITEM_SIZE, TensorInfo, header_length, parse_header
-from glm_quant.checkpoint.index import INDEX_NAME, Index, parse_index
+from glm_quant.checkpoint.header import (
+    ITEM_SIZE,
+    TensorInfo,
+    header_length,
+    parse_header,
+    require_few_values,
+)
+from glm_quant.checkpoint.index import INDEX_NAME, Index, parse_index, require_index_size
 from glm_quant.checkpoint.source import FolderSource, Source, SourceFile
 from glm_quant.errors import CheckpointError, HeaderError, MissingTensorError
 
 _NUMPY_VIEW = {"BF16": np.uint16, "F16": np.float16, "F32": np.float32, "U32": np.uint32}
 # A remote source answers a header in a fraction of a second: 282 one after another take a minute.
 _HEADER_READERS = 8
+# GLM-5.2's has 3 KB; one that lists every quantized module has some hundred.
+_MAX_CONFIG_BYTES = 16 << 20
 
 
 class Checkpoint:
@@ -110,8 +118,16 @@ class Checkpoint:
                 f"{self.source.uri}: there is no config.json, so this is no checkpoint. Give "
                 "--source the folder that holds config.json and the shards."
             )
+        size = self.files["config.json"].size_bytes
+        if size > _MAX_CONFIG_BYTES:
+            raise CheckpointError(
+                f"config.json: {size:,} bytes, more than the {_MAX_CONFIG_BYTES:,} that are "
+                "accepted. Fetch the file again."
+            )
+        text = self.source.read("config.json")
+        require_few_values(text, "config.json")
         try:
-            value = json.loads(self.source.read("config.json"))
+            value = json.loads(text)
         except (ValueError, RecursionError) as error:
             raise CheckpointError(f"config.json: this is not JSON ({error}).") from None
         if not isinstance(value, dict):
@@ -120,6 +136,7 @@ class Checkpoint:
 
     def _read_index(self) -> Index:
         if INDEX_NAME in self.files:
+            require_index_size(self.files[INDEX_NAME].size_bytes)
             return parse_index(self.source.read(INDEX_NAME))
         single = "model.safetensors"
         if single in self.files:
