@@ -1,4 +1,4 @@
-"""The command line: `glm-quant demo | run | convert | plan | verify | status`.
+"""The command line: `glm-quant demo | run | convert | plan | verify | status | worker …`.
 
 Exit codes: 0 done, 1 the run failed, 2 bad input. With `--json` standard output is one JSON value.
 """
@@ -6,18 +6,18 @@ Exit codes: 0 done, 1 the run failed, 2 bad input. With `--json` standard output
 import json
 import sys
 import time
-from collections.abc import Generator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 
+from flows import service
+from flows.approve import approve
 from flows.environment import prepare
 from flows.stopping import stopping_in_order
+from flows.terminal import ERRORS, Terminal, errors_in_one_screen, status_table
 from glm_quant.build import Build, BuildSpec, open_build, require_free
-from glm_quant.errors import GlmQuantError
 from glm_quant.hub import DEFAULT_WINDOW
 from glm_quant.status import read_status
 
@@ -28,7 +28,6 @@ app = typer.Typer(
     help="Make mixed-precision MLX builds of GLM checkpoints, streaming, and prove what was made.",
 )
 _out = Console(soft_wrap=True)
-_err = Console(stderr=True, soft_wrap=True)
 
 Source = Annotated[
     str | None, typer.Option(help="Folder, hf://org/name@revision or s3://bucket/prefix.")
@@ -93,8 +92,7 @@ def convert(
     as_json: Json = False,
 ) -> None:
     """Plan, quantize, assemble, and no more: the drop-in for mlx_lm.convert."""
-    with _errors_in_one_screen(verbose), stopping_in_order(_err):
-        from flows.terminal import Terminal
+    with errors_in_one_screen(verbose), stopping_in_order(ERRORS):
         from glm_quant.hub import open_source
         from glm_quant.quantize.command import (
             convert_to_folder,
@@ -104,7 +102,7 @@ def convert(
 
         opened = open_source(source, workspace_beside(output), window)
         conversion = open_conversion(opened, recipe, output, workers)
-        with Terminal(_err, len(conversion.shards)) as terminal:
+        with Terminal(ERRORS, len(conversion.shards)) as terminal:
             summary = convert_to_folder(conversion, terminal)
         if as_json:
             _print_json(summary.model_dump())
@@ -120,7 +118,7 @@ def plan(
     as_json: Json = False,
 ) -> None:
     """Show what would be made, from config, index and headers alone."""
-    with _errors_in_one_screen(verbose):
+    with errors_in_one_screen(verbose):
         from glm_quant.report.summary import plan_summary
         from glm_quant.stages.making import plan_figures
 
@@ -141,7 +139,7 @@ def verify(
     as_json: Json = False,
 ) -> None:
     """Check a finished output: digests, index, shards, config, and its source if given."""
-    with _errors_in_one_screen(verbose):
+    with errors_in_one_screen(verbose):
         from dataclasses import asdict
 
         from glm_quant.hub import open_source
@@ -169,14 +167,17 @@ def status(
     as_json: Json = False,
 ) -> None:
     """Show what is done in a workspace, what is left, what failed and why."""
-    with _errors_in_one_screen(verbose):
+    with errors_in_one_screen(verbose):
         found = read_status(workspace)
         if as_json:
             _print_json(found.model_dump())
             return
-        from flows.terminal import status_table
-
         _out.print(status_table(found))
+
+
+app.command()(approve)
+app.command()(service.server)
+app.command()(service.worker)
 
 
 def main() -> None:
@@ -187,21 +188,14 @@ def main() -> None:
 def _release(spec: BuildSpec, verbose: bool, as_json: bool) -> None:
     """Run the flow in this process and show its result."""
     prepare(verbose)
-    with _errors_in_one_screen(verbose):
+    with errors_in_one_screen(verbose):
         begin = time.monotonic()
         build = open_build(spec)  # bad input fails here, before Prefect is started
         require_free(spec)  # and a workspace that is taken
-        from prefect.settings import PREFECT_LOCAL_STORAGE_PATH, temporary_settings
-
         from flows.release import release
-        from flows.terminal import Terminal
         from tasks.progress import watch
 
-        results = build.workspace.root / "results"
-        with (
-            temporary_settings({PREFECT_LOCAL_STORAGE_PATH: results}),
-            Terminal(_err, len(build.plan.shards)) as terminal,
-        ):
+        with Terminal(ERRORS, len(build.plan.shards)) as terminal:
             watch(terminal)
             done = release(spec)
         seconds = round(time.monotonic() - begin, 1)
@@ -225,16 +219,3 @@ def _release(spec: BuildSpec, verbose: bool, as_json: bool) -> None:
 
 def _print_json(value: Any) -> None:
     sys.stdout.write(json.dumps(value, indent=2) + "\n")
-
-
-@contextmanager
-def _errors_in_one_screen(verbose: bool) -> Generator[None]:
-    """Turn our errors into a message and an exit code."""
-    try:
-        yield
-    except GlmQuantError as error:
-        if verbose:
-            _err.print_exception()
-        _err.print(f"[bold red]{type(error).__name__}[/] ", end="")
-        _err.print(str(error), markup=False, highlight=False)
-        raise typer.Exit(error.exit_code) from None

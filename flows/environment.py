@@ -18,6 +18,17 @@ _DEFAULTS = {
     "HF_HUB_DISABLE_TELEMETRY": "1",
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
 }
+# What the server and the worker have besides, and with them every run that the worker starts.
+_SERVICE = {
+    # A silent run is noticed after five of these. The least that Prefect takes is 30.
+    "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": "60",
+    "PREFECT_SERVER_SERVICES_DB_VACUUM_ENABLED": "events,flow_runs",
+    "PREFECT_WORKER_QUERY_SECONDS": "5",
+    # How long a run must have been quiet after its crash before it starts again by itself.
+    "GLM_QUANT_RESTART_SECONDS": "60",
+}
+# The folder that relative paths of deployments are relative to; prefect.yaml names it.
+HOME_VARIABLE = "GLM_QUANT_HOME"
 
 
 def prepare(verbose: bool = False) -> None:
@@ -28,3 +39,10 @@ def prepare(verbose: bool = False) -> None:
         os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "CRITICAL")
         os.environ.setdefault("PREFECT_SERVER_LOGGING_LEVEL", "CRITICAL")
     logging.getLogger("glm_quant").setLevel(logging.INFO)
+
+
+def prepare_service() -> None:
+    """Set the defaults of a process that serves; its log lines are what it has to say."""
+    for key, value in _SERVICE.items():
+        os.environ.setdefault(key, value)
+    prepare(verbose=True)

@@ -2,30 +2,32 @@
 
 from prefect import flow
 
-from glm_quant.build import BuildSpec, claimed
+from glm_quant.build import BuildSpec
 from glm_quant.stages.base import StageResult
+from tasks.approval import approval
 from tasks.assemble import assemble
 from tasks.card import card
 from tasks.download import download
 from tasks.evaluate import evaluate
+from tasks.naming import release_name
 from tasks.parity import parity
 from tasks.plan import plan
 from tasks.publish import publish_everywhere
+from tasks.report import report, report_links
+from tasks.session import at_work
 from tasks.upload import make_shards, restore_shards
 
 
-@flow(name="glm-quant", flow_run_name="{spec.recipe}", persist_result=False)
+@flow(name="glm-quant", flow_run_name=release_name, persist_result=False)
 def release(spec: BuildSpec) -> list[StageResult]:
     """Make, prove and publish one build. Run it again after any interruption: it resumes."""
-    with claimed(spec):
-        return [
-            download(spec),
-            plan(spec),
-            *make_shards(spec),
-            assemble(spec),
-            *restore_shards(spec),
-            parity(spec),
-            evaluate(spec),
-            card(spec),
-            *publish_everywhere(spec),
-        ]
+    with at_work(spec):
+        planned = [download(spec), plan(spec)]
+        report(spec)
+        made = [*make_shards(spec), assemble(spec), *restore_shards(spec)]
+        proved = [parity(spec), evaluate(spec), card(spec)]
+        report(spec)
+        approval(spec)
+        published = publish_everywhere(spec)
+        report_links(spec)
+        return [*planned, *made, *proved, *published]

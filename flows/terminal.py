@@ -1,15 +1,34 @@
-"""What a person sees in the terminal while a flow runs: a line a stage, the current one moving."""
+"""What a person sees in the terminal: a line a stage, the current one moving; errors in short."""
 
+from collections.abc import Generator
+from contextlib import contextmanager
 from types import TracebackType
 from typing import Self
 
+import typer
 from rich.console import Console, Group, RenderableType
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.progress import TimeRemainingColumn as Remaining
 from rich.table import Table
 from rich.text import Text
 
+from glm_quant.errors import GlmQuantError
 from glm_quant.status import WorkspaceStatus
+
+ERRORS = Console(stderr=True, soft_wrap=True)
+
+
+@contextmanager
+def errors_in_one_screen(verbose: bool = False) -> Generator[None]:
+    """Turn our errors into a message and an exit code."""
+    try:
+        yield
+    except GlmQuantError as error:
+        if verbose:
+            ERRORS.print_exception()
+        ERRORS.print(f"[bold red]{type(error).__name__}[/] ", end="")
+        ERRORS.print(str(error), markup=False, highlight=False)
+        raise typer.Exit(error.exit_code) from None
 
 
 class Terminal:

@@ -20,6 +20,8 @@ from glm_quant.quantize.plan import make_plan
 from glm_quant.recipe import load_recipe
 from glm_quant.workspace import Workspace
 
+DEFAULT_RESTARTS = 3
+
 
 class BuildSpec(BaseModel):
     """What to build. Small and plain, so that it can be a Prefect parameter."""
@@ -31,11 +33,23 @@ class BuildSpec(BaseModel):
         default=None, description="folder or URI of the checkpoint; default: the recipe's source"
     )
     workspace: str = Field(default="workspace", description="folder in which the build is made")
+    output: str | None = Field(
+        default=None, description="folder of the checkpoint; default: checkpoint/ in the workspace"
+    )
     window: int = Field(
         default=DEFAULT_WINDOW, ge=1, description="fetched source shards on disk at a time"
     )
     targets: tuple[str, ...] = Field(
         default=(), description="where to publish, besides the recipe's own targets"
+    )
+    approval: bool = Field(
+        default=False, description="ask for a person's word before anything is published"
+    )
+    restarts: int = Field(
+        default=DEFAULT_RESTARTS,
+        ge=0,
+        description="how often a crashed run may start again by itself, if its deployment is "
+        "tagged auto-restart",
     )
 
 
@@ -55,7 +69,7 @@ class Build:
             raise RecipeError(
                 f"{self.recipe.file}: the recipe names no source. Give one with --source."
             )
-        self.workspace = Workspace(Path(spec.workspace).expanduser().absolute())
+        self.workspace = workspace_of(spec)
         self.checkpoint = Checkpoint(open_source(source, self.workspace, spec.window))
         self.plan = make_plan(self.checkpoint, self.recipe)
         self.conversion = Conversion(self.checkpoint, self.recipe, self.plan, self.workspace)
@@ -97,6 +111,12 @@ def targets_of(spec: BuildSpec) -> tuple[str, ...]:
     return open_build(spec).targets
 
 
+def workspace_of(spec: BuildSpec) -> Workspace:
+    """Return the paths of a build, without opening it."""
+    output = Path(spec.output).expanduser().absolute() if spec.output else None
+    return Workspace(Path(spec.workspace).expanduser().absolute(), output)
+
+
 @contextmanager
 def claimed(spec: BuildSpec) -> Generator[None]:
     """Hold a build's workspace for as long as the block runs; then the build is finished.
@@ -105,7 +125,7 @@ def claimed(spec: BuildSpec) -> Generator[None]:
         OutputError: the workspace holds something else.
         BusyError: another process works in it.
     """
-    workspace = Workspace(Path(spec.workspace).expanduser().absolute())
+    workspace = workspace_of(spec)
     workspace.create()
     with workspace.locked():
         yield
@@ -119,7 +139,7 @@ def require_free(spec: BuildSpec) -> None:
         OutputError: the workspace holds something else.
         BusyError: another process works in it.
     """
-    workspace = Workspace(Path(spec.workspace).expanduser().absolute())
+    workspace = workspace_of(spec)
     workspace.create()
     with workspace.locked():
         return

@@ -21,14 +21,22 @@ command line prints the message alone (the traceback only with `--verbose`) and 
         ├── ParityError           the build does not compute what the reference computes
         ├── EvaluationError
         ├── CardError             a number that the card needs was not measured
-        └── PublishError
+        ├── PublishError
+        ├── ApprovalError         a person's word is missing, or was no
+        └── ServiceError          the Prefect server or its set-up
 """
 
 
 class GlmQuantError(Exception):
-    """The root: catch it to catch everything this package raises on purpose."""
+    """The root: catch it to catch everything this package raises on purpose.
+
+    Attributes:
+        exit_code: of the command line.
+        may_pass: whether the same again, later, may succeed: a server that did not answer.
+    """
 
     exit_code = 1
+    may_pass = False
 
 
 class InputError(GlmQuantError):
@@ -99,3 +107,11 @@ class CardError(RunError):
 
 class PublishError(RunError):
     """A target refused, or publishing is not allowed."""
+
+
+class ApprovalError(RunError):
+    """Publishing needs a person's word, which is missing or was no."""
+
+
+class ServiceError(RunError):
+    """The Prefect server cannot be reached, or refused what the service needs."""

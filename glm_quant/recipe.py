@@ -175,6 +175,9 @@ class PublishSettings(_Section):
     )
     base_model: str | None = None
     languages: tuple[str, ...] = ("en", "zh")
+    approval: bool = Field(
+        default=False, description="ask for a person's word before anything is published"
+    )
 
 
 class Recipe(_Section):

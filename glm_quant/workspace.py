@@ -60,6 +60,11 @@ class Workspace:
         return self.root / "partial"
 
     @property
+    def results(self) -> Path:
+        """Prefect's task results, one JSON file each; whatever is in it may be deleted."""
+        return self.root / "results"
+
+    @property
     def records(self) -> Path:
         """One JSON file a stage."""
         return self.root / "records"

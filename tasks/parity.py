@@ -6,6 +6,7 @@ from glm_quant.build import BuildSpec, open_build
 from glm_quant.stages.base import StageResult
 from glm_quant.stages.proving import ParityStage
 from tasks.caching import on_disk
+from tasks.retrying import passing
 from tasks.running import run_stage
 
 
@@ -13,6 +14,7 @@ from tasks.running import run_stage
     name="parity",
     task_run_name="parity",
     **on_disk(lambda inputs: ParityStage(open_build(inputs["spec"]))),
+    **passing(),
 )
 def parity(spec: BuildSpec) -> StageResult:
     """Hold the build against the reference: `glm_quant.stages.proving.ParityStage`."""

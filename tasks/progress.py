@@ -1,19 +1,31 @@
-"""Where a stage's progress goes: to whoever watches this process, and to the run's UI.
+"""Where a stage's progress goes: to whoever watches this process, and to the run's page in the UI.
 
-An artifact update that fails must never stop a conversion, and one every few seconds is enough.
+The UI gets one progress artifact a run. A thread of its own sends it, the latest figures only and
+every few seconds: a server that is slow or away must never hold up a conversion.
 """
 
+import contextvars
 import logging
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Generator
+from contextlib import contextmanager
+from typing import Any
 from uuid import UUID
 
 from prefect.artifacts import create_progress_artifact, update_progress_artifact
 
 from glm_quant.quantize.convert import Progress, Watcher
+from glm_quant.report import format as say
+from glm_quant.stages.base import Stage
+from glm_quant.stages.making import QuantizeStage
+from glm_quant.status import STAGES
 
 _log = logging.getLogger("glm_quant.progress")
 _SECONDS_BETWEEN_UPDATES = 5.0
+# How long the last update may take at the end of a run.
+_LAST_SECONDS = 10.0
+ARTIFACT_KEY = "progress"
 
 
 class _Silent:
@@ -33,34 +45,109 @@ def watch(new: Watcher) -> None:
     watcher = new
 
 
-def progress_of(stage: str) -> Progress:
+class Board:
+    """The latest figures of a run, and the thread that shows them."""
+
+    def __init__(self) -> None:
+        self._latest = 0.0, "begins"
+        self._begun: tuple[float, float] | None = None
+        self._changed = threading.Event()
+        self._closing = threading.Event()
+        self._artifact: UUID | None = None
+        # The context tells Prefect which run the artifact is of.
+        context = contextvars.copy_context()
+        self._thread = threading.Thread(target=context.run, args=(self._send,), daemon=True)
+        self._thread.start()
+
+    def move(self, stage: Stage[Any], share: float) -> None:
+        """Note how much of a stage, or of one of its parts, is done."""
+        text = f"{stage.name} ({STAGES.index(stage.name) + 1} of {len(STAGES)} stages)"
+        if isinstance(stage, QuantizeStage):
+            share, figures = self._bytes(stage, share)
+            text = f"{text}: {figures}"
+        self._latest = 100 * share, text
+        self._changed.set()
+
+    def say(self, text: str) -> None:
+        """Show how the run ended beside the last figures."""
+        percent, last = self._latest
+        self._latest = percent, f"{text} at {last}"
+
+    def close(self) -> None:
+        """Send what is left to say, but do not wait for ever."""
+        self._closing.set()
+        self._changed.set()
+        self._thread.join(_LAST_SECONDS)
+
+    def _bytes(self, stage: QuantizeStage, share: float) -> tuple[float, str]:
+        """Return the share of all output bytes, and the same in words with the time left."""
+        sizes = [shard.size_bytes for shard in stage.build.plan.shards]
+        done, total = sum(sizes[: stage.shard]) + share * sizes[stage.shard], sum(sizes)
+        now = time.monotonic()
+        self._begun = self._begun or (now, done)
+        text = f"shard {stage.shard + 1} of {len(sizes)}, {say.size(done)} of {say.size(total)}"
+        seconds, gained = now - self._begun[0], done - self._begun[1]
+        if seconds > _SECONDS_BETWEEN_UPDATES and gained > 0:
+            rate = gained / seconds
+            text += f", {say.size(rate)}/s, {duration((total - done) / rate)} left"
+        return done / total, text
+
+    def _send(self) -> None:
+        while not self._closing.is_set():
+            self._changed.wait()
+            self._changed.clear()
+            self._best_effort(*self._latest)
+            self._closing.wait(_SECONDS_BETWEEN_UPDATES)
+        self._best_effort(*self._latest)
+
+    def _best_effort(self, percent: float, text: str) -> None:
+        try:
+            if self._artifact is None:
+                made = create_progress_artifact(percent, key=ARTIFACT_KEY, description=text)
+                self._artifact = made if isinstance(made, UUID) else None
+            else:
+                update_progress_artifact(self._artifact, percent, description=text)
+        except Exception as error:
+            _log.debug("the progress could not be shown in the UI: %s", error)
+
+
+_board: Board | None = None
+
+
+@contextmanager
+def shown() -> Generator[None]:
+    """Show the progress of the stages in the block on the page of the flow run."""
+    global _board
+    _board = Board()
+    try:
+        yield
+        _board.say("done")
+    except BaseException as error:
+        _board.say(f"stopped ({type(error).__name__})")
+        raise
+    finally:
+        _board.close()
+        _board = None
+
+
+def progress_of(stage: Stage[Any]) -> Progress:
     """Return a callback for a stage that shows (done, total) to the watcher and in the UI."""
-    watcher.begin(stage)
-    artifact: UUID | None = None
-    last = time.monotonic()
+    watcher.begin(stage.name)
+    if stage.name not in STAGES:  # an upload beside the quantizer, say: no step of its own
+        return lambda done, total: watcher.move(stage.name, done, total)
+    if _board is not None:
+        _board.move(stage, 0.0)
 
     def report(done: int, total: int) -> None:
-        nonlocal artifact, last
-        watcher.move(stage, done, total)
-        if time.monotonic() - last < _SECONDS_BETWEEN_UPDATES or not total:
-            return
-        last = time.monotonic()
-        artifact = _best_effort(lambda: _update(artifact, stage, 100 * done / total)) or artifact
+        watcher.move(stage.name, done, total)
+        if _board is not None:
+            _board.move(stage, done / total if total else 1.0)
 
     return report
 
 
-def _update(artifact: UUID | None, stage: str, percent: float) -> UUID | None:
-    if artifact is None:
-        created = create_progress_artifact(percent, key=f"progress-{stage}", description=stage)
-        return created if isinstance(created, UUID) else None
-    update_progress_artifact(artifact, percent)
-    return artifact
-
-
-def _best_effort(call: Callable[[], UUID | None]) -> UUID | None:
-    try:
-        return call()
-    except Exception as error:
-        _log.warning("the progress could not be shown in the UI: %s", error)
-        return None
+def duration(seconds: float) -> str:
+    """Return a time span with one unit, as a person would say it."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

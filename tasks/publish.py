@@ -10,6 +10,7 @@ from glm_quant.errors import PublishError
 from glm_quant.stages.base import StageResult
 from glm_quant.stages.publishing import PublishStage
 from tasks.caching import on_disk
+from tasks.retrying import passing
 from tasks.running import run_stage
 
 
@@ -21,6 +22,7 @@ def _stage(spec: BuildSpec, target: str) -> PublishStage:
     name="publish",
     task_run_name="publish-{target}",
     **on_disk(lambda inputs: _stage(inputs["spec"], inputs["target"])),
+    **passing(),
 )
 def publish(spec: BuildSpec, target: str) -> StageResult:
     """Publish to one target: `glm_quant.stages.publishing.PublishStage`."""

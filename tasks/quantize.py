@@ -6,6 +6,8 @@ from glm_quant.build import BuildSpec, open_build
 from glm_quant.stages.base import StageResult
 from glm_quant.stages.making import QuantizeStage
 from tasks.caching import on_disk
+from tasks.naming import shard_name
+from tasks.retrying import passing
 from tasks.running import run_stage
 
 
@@ -15,8 +17,9 @@ def _stage(spec: BuildSpec, shard: int) -> QuantizeStage:
 
 @task(
     name="quantize",
-    task_run_name="quantize-{shard}",
+    task_run_name=shard_name,
     **on_disk(lambda inputs: _stage(inputs["spec"], inputs["shard"])),
+    **passing(),
 )
 def quantize(spec: BuildSpec, shard: int) -> StageResult:
     """Complete one output shard: `glm_quant.stages.making.QuantizeStage`."""

@@ -11,6 +11,6 @@ _log = logging.getLogger("glm_quant.stages")
 
 def run_stage(stage: Stage[Any]) -> StageResult:
     """Run a stage with its progress shown, and log its result."""
-    result = stage.run(progress_of(stage.name))
+    result = stage.run(progress_of(stage))
     _log.info("%s: %s", result.stage, result.summary)
     return result

@@ -10,6 +10,7 @@ from glm_quant.stages.base import StageResult
 from glm_quant.stages.publishing import RestoreStage, UploadStage, early_targets, elsewhere
 from tasks.caching import on_disk
 from tasks.quantize import quantize
+from tasks.retrying import passing
 from tasks.running import run_stage
 
 _log = logging.getLogger("glm_quant.upload")
@@ -31,6 +32,7 @@ def upload(spec: BuildSpec, shard: int, target: str) -> StageResult:
     name="restore",
     task_run_name="restore-{shard}",
     **on_disk(lambda inputs: RestoreStage(open_build(inputs["spec"]), inputs["shard"])),
+    **passing(),
 )
 def restore(spec: BuildSpec, shard: int) -> StageResult:
     """Fetch one shard back: `glm_quant.stages.publishing.RestoreStage`."""

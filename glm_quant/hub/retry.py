@@ -101,11 +101,13 @@ class Attempts:
         """
         self.failures += 1
         if self.failures >= self._patience.tries:
-            raise self._gives_up(
+            last = self._gives_up(
                 f"{self._what}: {self.failures} tries in a row failed{state}, the last one: "
                 f"{error}. Check the network and the server, then run the same command again: it "
                 "goes on from what is on disk."
-            ) from None
+            )
+            last.may_pass = True
+            raise last from None
         pause = self._patience.pause(self.failures, error.wait_seconds)
         _log.info("%s: %s; try %d in %.1f s", self._what, error, self.failures + 1, pause)
         if self._stop.wait(pause):

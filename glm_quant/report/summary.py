@@ -8,6 +8,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from glm_quant.evaluation.records import EvaluationRecord
 from glm_quant.quantize.plan import GroupTotals, Plan
 from glm_quant.report import format as say
 from glm_quant.report.correctness import ParityRow, parity_value
@@ -55,7 +56,11 @@ def result_summary(
     table = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))
     table.add_column(style="dim", no_wrap=True)
     table.add_column(overflow="fold")
-    for name, value in [*_made(inputs), *_proved(inputs.parity or ()), *_measured(inputs)]:
+    for name, value in [
+        *_made(inputs),
+        *_proved(inputs.parity or ()),
+        *measured_rows(inputs.evaluation),
+    ]:
         table.add_row(name, value)
     table.add_row("checkpoint", str(checkpoint))
     if inputs.parity and inputs.evaluation:
@@ -112,10 +117,11 @@ def _proved(parity: Sequence[ParityRow]) -> list[tuple[str, str]]:
     return [*rows, *((row.label, parity_value(row)) for row in parity if row.of_build)]
 
 
-def _measured(inputs: CardInputs) -> list[tuple[str, str]]:
-    if inputs.evaluation is None:
+def measured_rows(evaluation: EvaluationRecord | None) -> list[tuple[str, str]]:
+    """Return each figure of an evaluation, if there was one, with its name."""
+    if evaluation is None:
         return []
-    measured = inputs.evaluation.measurements
+    measured = evaluation.measurements
     rows: list[tuple[str, str]] = []
     for each in measured.perplexity:
         error = "" if each.standard_error is None else f" ± {each.standard_error:.3f}"

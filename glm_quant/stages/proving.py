@@ -28,6 +28,12 @@ class ParityStage(Stage[ParityStageRecord]):
         """Return the build and what it is compared with, how."""
         return {
             "build": AssembleStage(self.build).fingerprint(),
+            **self.how(),
+        }
+
+    def how(self) -> dict[str, Canonical]:
+        """Return how they are compared, whatever is compared."""
+        return {
             "settings": self.build.recipe.parity.model_dump_json(),
             "versions": [version(name) for name in ("mlx", "mlx-lm", "transformers")],
         }

@@ -4,12 +4,14 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import BinaryIO
 
 
 class CommandLine:
     """Starts commands with a Prefect database of their own, and at first no server."""
 
     def __init__(self, prefect_home: Path) -> None:
+        self.prefect_home = prefect_home
         self.environment = {
             **os.environ,
             "PREFECT_HOME": str(prefect_home),
@@ -33,12 +35,17 @@ class CommandLine:
         assert done.returncode == expect, done.stdout + done.stderr
         return done
 
-    def start(self, *arguments: str | Path, program: str = "glm-quant") -> subprocess.Popen[bytes]:
+    def start(
+        self,
+        *arguments: str | Path,
+        program: str = "glm-quant",
+        output: BinaryIO | int = subprocess.DEVNULL,
+    ) -> subprocess.Popen[bytes]:
         """Start a command in a process group of its own, to be killed."""
         return subprocess.Popen(
             [program, *map(str, arguments)],
             env=self.environment,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
+            stdout=output,
+            stderr=output,
             start_new_session=True,
         )

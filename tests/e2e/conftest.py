@@ -1,16 +1,18 @@
 """What the end-to-end tests share: the command line in a subprocess, and a quick recipe."""
 
-import os
-import signal
-import socket
-import time
-import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from glm_quant.testbed import tiny_glm_path
 from tests.e2e.command_line import CommandLine
+from tests.e2e.service import Server, Service
+from tests.hub_server import HubServer
+
+UPSTREAM = "upstream/tiny"
+HUB_TOKEN = "hf_" + "PlantedInASecretBlock"
+AWS_SECRET = "PlantedInTheEnvironmentOfTheWorker"
 
 # The small checkpoint with as little parity and evaluation as the stages accept.
 QUICK = """\
@@ -46,34 +48,50 @@ def embedded(tmp_path_factory: pytest.TempPathFactory) -> CommandLine:
 
 
 @pytest.fixture(scope="session")
-def cli(tmp_path_factory: pytest.TempPathFactory) -> Iterator[CommandLine]:
-    """The command line beside one running Prefect server, which saves each start's own."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    command_line = CommandLine(tmp_path_factory.mktemp("served"))
-    server = command_line.start(
-        *("server", "start", "--host", "127.0.0.1", "--port", str(port)), program="prefect"
-    )
-    try:
-        deadline = time.monotonic() + 180
-        while not _is_healthy(port):
-            assert server.poll() is None, "the Prefect server ended"
-            assert time.monotonic() < deadline, "the Prefect server did not start"
-            time.sleep(0.5)
-        command_line.environment["PREFECT_API_URL"] = f"http://127.0.0.1:{port}/api"
-        yield command_line
-    finally:
-        os.killpg(server.pid, signal.SIGKILL)
-        server.wait()
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """One running Prefect server with a fresh database."""
+    started = Server(CommandLine(tmp_path_factory.mktemp("served")))
+    started.start()
+    yield started
+    started.kill()
 
 
-def _is_healthy(port: int) -> bool:
-    try:
-        with urllib.request.urlopen(f"http://127.0.0.1:{port}/api/health", timeout=5) as answer:
-            return answer.status == 200
-    except OSError:
-        return False
+@pytest.fixture(scope="session")
+def cli(server: Server) -> CommandLine:
+    """The command line beside the running Prefect server, which saves each start's own."""
+    return server.command_line
+
+
+@pytest.fixture(scope="session")
+def hub() -> Iterator[HubServer]:
+    """A Hub with the small checkpoint in a private repository, which needs a token."""
+    with HubServer(token=HUB_TOKEN) as started:
+        started.add_folder(UPSTREAM, tiny_glm_path(), private=True)
+        yield started
+
+
+@pytest.fixture(scope="session")
+def service(
+    server: Server, hub: HubServer, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Service]:
+    """A worker at that server, with pool, deployments and automations, and what it needs to know.
+
+    The Hub's token is in a Secret block, those of AWS are in the worker's environment.
+    """
+    command_line = CommandLine(server.command_line.prefect_home)
+    command_line.environment |= {
+        "PREFECT_API_URL": server.api,
+        "PREFECT_WORKER_QUERY_SECONDS": "1",
+        "GLM_QUANT_RESTART_SECONDS": "5",
+        "HF_ENDPOINT": hub.url,
+        "AWS_ACCESS_KEY_ID": "tester",
+        "AWS_SECRET_ACCESS_KEY": AWS_SECRET,
+    }
+    started = Service(server, command_line, tmp_path_factory.mktemp("service") / "home")
+    started.start_worker()
+    started.save_secret("hf-token", HUB_TOKEN)
+    yield started
+    started.kill_worker()
 
 
 @pytest.fixture(scope="session")

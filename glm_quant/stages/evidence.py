@@ -1,0 +1,99 @@
+"""What a person looks at before trusting a build: tables, the card and links, from records alone.
+
+Plain rows and Markdown, for whoever shows them.
+"""
+
+import base64
+import re
+from pathlib import Path
+
+from glm_quant.build import Build
+from glm_quant.evaluation.records import EvaluationRecord
+from glm_quant.parity import ParityRecord
+from glm_quant.report import format as say
+from glm_quant.report.correctness import parity_rows, parity_value
+from glm_quant.report.summary import measured_rows
+from glm_quant.stages.making import PlanFigures
+
+Rows = list[dict[str, str]]
+
+# `![alt](assets/chart.png)`, as the card has it.
+_IMAGE = re.compile(r"!\[((?:\\.|[^\]])*)\]\((assets/[\w.-]+\.png)\)")
+_FRONT_MATTER = re.compile(r"\A---\n.*?\n---\n", re.DOTALL)
+
+
+def group_rows(plan: PlanFigures) -> Rows:
+    """Return a row for each component group of a plan, and the total."""
+    rows = [
+        {
+            "component": say.group_title(group.group),
+            "parameters": say.count(group.params),
+            "scheme": say.schemes(group.schemes),
+            "bytes": say.size(group.size_bytes),
+            "share of bytes": say.percent(group.size_bytes / plan.tensor_bytes),
+        }
+        for group in plan.groups
+    ]
+    total = {
+        "component": "total",
+        "parameters": say.count(plan.params),
+        "scheme": f"{plan.bits_per_weight:.3f} bits per weight",
+        "bytes": say.size(plan.tensor_bytes),
+        "share of bytes": say.percent(1.0),
+    }
+    return [*rows, total]
+
+
+def shard_rows(build: Build) -> Rows:
+    """Return a row for each output shard: what it is, and whether it is finished."""
+    rows: Rows = []
+    for number, shard in enumerate(build.plan.shards):
+        record = build.conversion.finished(number)
+        rows.append(
+            {
+                "file": shard.name,
+                "bytes": say.size(shard.size_bytes),
+                "tensors": f"{len(shard.tensors):,}",
+                "state": "finished" if record else "to do",
+                "sha256": record.outputs[0].sha256 if record else "",
+            }
+        )
+    return rows
+
+
+def comparison_rows(record: ParityRecord) -> Rows:
+    """Return a row for each comparison with the reference: what came out, what was allowed."""
+    return [
+        {
+            "compared": row.measure,
+            "measured": parity_value(row),
+            "bound": "" if row.bound is None else f"{'≥' if row.at_least else '≤'} {row.bound:g}",
+            "how": row.how,
+        }
+        for row in parity_rows(record)
+    ]
+
+
+def evaluation_rows(record: EvaluationRecord) -> Rows:
+    """Return a row for each figure of an evaluation."""
+    return [{"measure": name, "value": value} for name, value in measured_rows(record)]
+
+
+def card_markdown(folder: Path) -> str:
+    """Return a build's card with its charts inside, to be shown where its files are not."""
+    text = _FRONT_MATTER.sub("", (folder / "README.md").read_text(encoding="utf-8"))
+    return _IMAGE.sub(lambda found: _inlined(folder, found), text)
+
+
+def web_page(uri: str) -> str | None:
+    """Return the page of a place on the Hub, at its revision; None for other places."""
+    found = re.fullmatch(r"hf://([\w.-]+/[\w.-]+)(?:@(.+))?", uri)
+    if found is None:
+        return None
+    repo, revision = found.groups()
+    return f"https://huggingface.co/{repo}/tree/{revision or 'main'}"
+
+
+def _inlined(folder: Path, found: re.Match[str]) -> str:
+    data = base64.b64encode((folder / found[2]).read_bytes()).decode()
+    return f"![{found[1]}](data:image/png;base64,{data})"

@@ -1,0 +1,38 @@
+"""The tasks that judge a finished build."""
+
+from prefect import task
+
+from glm_quant.build import BuildSpec, open_build
+from glm_quant.stages.assessing import AssessParityStage, VerifyStage
+from glm_quant.stages.base import StageResult
+from glm_quant.stages.proving import EvaluationStage
+from tasks.caching import on_disk
+from tasks.retrying import passing
+from tasks.running import run_stage
+
+
+@task(name="verify", task_run_name="verify", persist_result=False, **passing())
+def assess_verify(spec: BuildSpec) -> StageResult:
+    """Check every byte again: `glm_quant.stages.assessing.VerifyStage`."""
+    return run_stage(VerifyStage(open_build(spec, afresh=True)))
+
+
+@task(
+    name="parity",
+    task_run_name="parity",
+    **on_disk(lambda inputs: AssessParityStage(open_build(inputs["spec"]))),
+    **passing(),
+)
+def assess_parity(spec: BuildSpec) -> StageResult:
+    """Hold it against the reference: `glm_quant.stages.assessing.AssessParityStage`."""
+    return run_stage(AssessParityStage(open_build(spec)))
+
+
+@task(
+    name="evaluate",
+    task_run_name="evaluate",
+    **on_disk(lambda inputs: EvaluationStage(open_build(inputs["spec"]))),
+)
+def assess_evaluation(spec: BuildSpec) -> StageResult:
+    """Measure it: `glm_quant.stages.proving.EvaluationStage`."""
+    return run_stage(EvaluationStage(open_build(spec)))

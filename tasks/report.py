@@ -1,0 +1,108 @@
+"""What a run shows in the UI besides its progress: tables, the card, links.
+
+Everything is read from records, so it can be shown again at any time; that it cannot be shown now
+(the server is away) never stops a build.
+"""
+
+import logging
+import re
+from collections.abc import Callable
+from typing import Any
+
+from prefect import task
+from prefect.artifacts import (
+    create_link_artifact,
+    create_markdown_artifact,
+    create_table_artifact,
+)
+from prefect.cache_policies import NO_CACHE
+
+from glm_quant.build import Build, BuildSpec, open_build
+from glm_quant.stages import evidence
+from glm_quant.stages.assessing import AssessParityStage
+from glm_quant.stages.making import PlanStage
+from glm_quant.stages.proving import EvaluationStage, ParityStage, ParityStageRecord
+from glm_quant.stages.publishing import PublishStage
+from glm_quant.stages.releasing import CardStage
+
+_log = logging.getLogger("glm_quant.report")
+
+
+Show = Callable[[Build], None]
+
+
+@task(name="report", task_run_name="report", persist_result=False, cache_policy=NO_CACHE)
+def report(spec: BuildSpec) -> None:
+    """Show what is known of a build so far."""
+    _show(open_build(spec), _source, _plan, _parity, _evaluation, _card)
+
+
+@task(name="report", task_run_name="report", persist_result=False, cache_policy=NO_CACHE)
+def report_assessment(spec: BuildSpec) -> None:
+    """Show what was found about a finished build."""
+    _show(open_build(spec), _source, _assessed_parity, _evaluation)
+
+
+@task(name="report", task_run_name="report", persist_result=False, cache_policy=NO_CACHE)
+def report_links(spec: BuildSpec) -> None:
+    """Show where a build was published."""
+    _show(open_build(spec), _published)
+
+
+def _show(build: Build, *parts: Show) -> None:
+    for show in parts:
+        try:
+            show(build)
+        except Exception as error:
+            _log.warning("the run's page lacks something: %s", error)
+
+
+def _source(build: Build) -> None:
+    page = evidence.web_page(build.checkpoint.source.uri)
+    if page:
+        create_link_artifact(page, link_text=page, key="source", description="Made from")
+
+
+def _plan(build: Build) -> None:
+    record = PlanStage(build).current()
+    if record:
+        _table("components", evidence.group_rows(record.plan), "What each part becomes")
+        _table("shards", evidence.shard_rows(build), "Output files")
+
+
+def _parity(build: Build) -> None:
+    _comparison(ParityStage(build).current())
+
+
+def _assessed_parity(build: Build) -> None:
+    _comparison(AssessParityStage(build).current())
+
+
+def _comparison(record: ParityStageRecord | None) -> None:
+    if record:
+        _table("parity", evidence.comparison_rows(record.found), "Against transformers")
+
+
+def _evaluation(build: Build) -> None:
+    record = EvaluationStage(build).current()
+    if record:
+        _table("evaluation", evidence.evaluation_rows(record), "What the build can do")
+
+
+def _card(build: Build) -> None:
+    if CardStage(build).current():
+        text = evidence.card_markdown(build.workspace.checkpoint)
+        create_markdown_artifact(text, key="card", description="The model card")
+
+
+def _published(build: Build) -> None:
+    for target in build.targets:
+        record = PublishStage(build, target).current()
+        if record and record.url.startswith("https://"):
+            key = "published-" + re.sub(r"[^a-z0-9]+", "-", target.lower()).strip("-")
+            said = f"{target}: {record.change}"
+            create_link_artifact(record.url, link_text=record.url, key=key, description=said)
+
+
+def _table(key: str, rows: evidence.Rows, description: str) -> None:
+    create_table_artifact(list[dict[str, Any]](rows), key=key, description=description)

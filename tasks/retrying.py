@@ -1,0 +1,30 @@
+"""Which failures of a task may pass by themselves.
+
+The clients of Hub and S3 have their own patience for minutes; this is for an outage of hours. A bad
+input, a broken bound or a damaged byte would be the same next time, so those end the run at once.
+"""
+
+from typing import Any
+
+from prefect.client.schemas.objects import State, TaskRun
+from prefect.tasks import Task
+
+from glm_quant.errors import GlmQuantError
+
+_MINUTES = 60
+_DELAYS = (2 * _MINUTES, 10 * _MINUTES, 30 * _MINUTES, 120 * _MINUTES)
+
+
+def passing() -> dict[str, Any]:
+    """Return the task options that try again, later and later, what may pass."""
+    return {
+        "retries": len(_DELAYS),
+        "retry_delay_seconds": list(_DELAYS),
+        "retry_condition_fn": may_pass,
+    }
+
+
+def may_pass(_task: Task[Any, Any], _run: TaskRun, state: State[Any]) -> bool:
+    """Whether a task failed on something that another try, later, may not meet."""
+    error = state.result(raise_on_failure=False)
+    return isinstance(error, GlmQuantError) and error.may_pass

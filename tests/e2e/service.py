@@ -1,0 +1,172 @@
+"""A Prefect server and a worker as a user starts them, to be killed and started again."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+from tests.e2e.command_line import CommandLine
+
+SLOW_MACHINE_SECONDS = 240
+FINAL = ("COMPLETED", "FAILED", "CRASHED", "CANCELLED", "PAUSED")
+
+
+def wait_for(what: Callable[[], Any], why: str, seconds: float = SLOW_MACHINE_SECONDS) -> Any:
+    """Wait until `what` returns something true, and return it."""
+    deadline = time.monotonic() + seconds
+    while True:
+        found = what()
+        if found:
+            return found
+        assert time.monotonic() < deadline, f"after {seconds:.0f} s: {why}"
+        time.sleep(0.1)
+
+
+def kill(process: "subprocess.Popen[bytes]") -> None:
+    """Kill a process and all that it started in its group."""
+    if process.poll() is None:
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+class Server:
+    """`glm-quant server` with a database of its own; the address stays over restarts."""
+
+    def __init__(self, command_line: CommandLine) -> None:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            self.port = probe.getsockname()[1]
+        self.api = f"http://127.0.0.1:{self.port}/api"
+        self.command_line = command_line
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> None:
+        self._process = self.command_line.start("server", "--port", str(self.port))
+        wait_for(self.answers, "the Prefect server did not start")
+        self.command_line.environment["PREFECT_API_URL"] = self.api
+
+    def answers(self) -> bool:
+        assert self._process is not None
+        assert self._process.poll() is None, "the Prefect server ended"
+        try:
+            return httpx.get(f"{self.api}/health", timeout=5).is_success
+        except httpx.HTTPError:
+            return False
+
+    def kill(self) -> None:
+        if self._process:
+            kill(self._process)
+
+
+class Service:
+    """A worker at a server, and what a person does with them: run, look, retry, cancel."""
+
+    def __init__(self, server: Server, command_line: CommandLine, home: Path) -> None:
+        self.server = server
+        self.command_line = command_line
+        self.home = home
+        self.log = home.with_name("worker.log")
+        self._worker: subprocess.Popen[bytes] | None = None
+
+    def start_worker(self) -> None:
+        """Start `glm-quant worker` and wait until it polls."""
+        self.home.mkdir(exist_ok=True)
+        with self.log.open("ab") as log:
+            begin = log.tell()
+            self._worker = self.command_line.start("worker", "--home", self.home, output=log)
+        wait_for(
+            lambda: self._has_started(begin), f"the worker did not start: {self.log.read_text()}"
+        )
+
+    def kill_worker(self) -> None:
+        """Kill the worker alone: its run is another process, in another group."""
+        if self._worker:
+            kill(self._worker)
+
+    def ask(self, method: str, path: str, **json: Any) -> Any:
+        """Ask the API as the UI does."""
+        answer = httpx.request(method, f"{self.server.api}{path}", json=json or None, timeout=60)
+        answer.raise_for_status()
+        return answer.json() if answer.content else None
+
+    def run(self, deployment: str, **spec: Any) -> str:
+        """Ask for a run of a deployment with a spec of our own; returns the run's id."""
+        found = self.ask("GET", f"/deployments/name/{deployment}")
+        path = f"/deployments/{found['id']}/create_flow_run"
+        state = {"type": "SCHEDULED", "name": "Scheduled"}
+        return self.ask("POST", path, parameters={"spec": spec}, state=state)["id"]
+
+    def get(self, run: str) -> dict[str, Any]:
+        """Return a run as the API shows it."""
+        return self.ask("GET", f"/flow_runs/{run}")
+
+    def wait(self, run: str, *types: str) -> dict[str, Any]:
+        """Wait until a run is in a state of one of these types (default: any final one)."""
+        wanted = types or FINAL
+        return wait_for(
+            lambda: (seen := self.get(run))["state_type"] in wanted and seen,
+            f"run {run} is not {wanted}",
+        )
+
+    def pid(self, run: str) -> int:
+        """Return the process of a run."""
+        found = wait_for(lambda: self.get(run)["infrastructure_pid"], "the run has no process")
+        return int(str(found).rpartition(":")[2])
+
+    def retry(self, run: str) -> None:
+        """Press Retry, as the UI does it."""
+        state = {"type": "SCHEDULED", "name": "AwaitingRetry", "message": "Retry from the UI"}
+        self.ask("POST", f"/flow_runs/{run}/set_state", state=state, force=True)
+
+    def cancel(self, run: str) -> None:
+        """Press Cancel, as the UI does it."""
+        state = {"type": "CANCELLING", "name": "Cancelling"}
+        self.ask("POST", f"/flow_runs/{run}/set_state", state=state)
+
+    def artifacts(self, run: str) -> dict[str, dict[str, Any]]:
+        """Return the artifacts of a run by key, the latest of each."""
+        wanted = {"flow_run_id": {"any_": [run]}}
+        found = self.ask("POST", "/artifacts/filter", artifacts=wanted, sort="CREATED_DESC")
+        return {one["key"]: one for one in reversed(found)}
+
+    def task_states(self, run: str) -> dict[str, str]:
+        """Return the name of the last state of each of a run's tasks."""
+        wanted = {"id": {"any_": [run]}}
+        found = self.ask(
+            "POST", "/task_runs/filter", flow_runs=wanted, sort="EXPECTED_START_TIME_ASC"
+        )
+        return {one["name"]: one["state_name"] for one in found}
+
+    def states(self, run: str) -> list[str]:
+        """Return the names of all states that a run was in."""
+        found = self.ask("GET", f"/flow_run_states/?flow_run_id={run}")
+        return [one["name"] for one in sorted(found, key=lambda one: one["timestamp"])]
+
+    def logs(self, run: str) -> list[str]:
+        """Return the log lines of a run, oldest first."""
+        wanted = {"flow_run_id": {"any_": [run]}}
+        found = self.ask("POST", "/logs/filter", logs=wanted, sort="TIMESTAMP_ASC")
+        return [one["message"] for one in found]
+
+    def save_secret(self, name: str, value: str) -> None:
+        """Make a Secret block, as a person does in the UI."""
+        code = "import sys; from prefect.blocks.system import Secret; "
+        code += "Secret(value=sys.stdin.read()).save(sys.argv[1])"
+        subprocess.run(
+            [sys.executable, "-c", code, name],
+            env=self.command_line.environment,
+            input=value.encode(),
+            check=True,
+        )
+
+    def _has_started(self, begin: int) -> bool:
+        assert self._worker is not None
+        assert self._worker.poll() is None, self.log.read_text()
+        return b"started!" in self.log.read_bytes()[begin:]
