@@ -7,6 +7,7 @@ from glm_quant.stages.base import StageResult
 from tasks.approval import approval
 from tasks.assemble import assemble
 from tasks.card import card
+from tasks.divergence import divergence
 from tasks.download import download
 from tasks.evaluate import evaluate
 from tasks.naming import release_name
@@ -25,7 +26,7 @@ def release(spec: BuildSpec) -> list[StageResult]:
         planned = [download(spec), plan(spec)]
         report(spec)
         made = [*make_shards(spec), assemble(spec), *restore_shards(spec)]
-        proved = [parity(spec), evaluate(spec), card(spec)]
+        proved = [parity(spec), divergence(spec), evaluate(spec), card(spec)]
         report(spec)
         approval(spec)
         published = publish_everywhere(spec)

@@ -125,6 +125,38 @@ class ParitySettings(_Section):
     min_top1_agreement: float | None = Field(default=None, ge=0, le=1)
 
 
+class DivergenceSettings(_Section):
+    """What source and build are compared on, streamed, and the bounds on their distance."""
+
+    texts: dict[str, str] | None = Field(
+        default=None, description="text file of each slice; default: english, code, chinese, chat"
+    )
+    tokens: int = Field(default=2048, ge=16, description="at most so many tokens of each slice")
+    context: int = Field(default=512, ge=16, description="tokens of a sequence")
+    seed: int = 0
+    memory_gb: float | None = Field(
+        default=None, gt=0, description="memory for the pass; default: half of the machine's"
+    )
+    references: str | None = Field(
+        default=None, description="folder for the source's states, to share them between workspaces"
+    )
+    max_mean_kl: float | None = Field(default=None, gt=0)
+    max_p99_kl: float | None = Field(default=None, gt=0)
+    min_top1_agreement: float | None = Field(default=None, ge=0, le=1)
+    max_perplexity_ratio: float | None = Field(
+        default=None, gt=0, description="perplexity of the build over that of the source"
+    )
+
+    @model_validator(mode="after")
+    def _one_sequence_at_least(self) -> Self:
+        if self.tokens < self.context:
+            raise ValueError(
+                f"tokens is {self.tokens} and context {self.context}: a slice would hold less than "
+                "one sequence; make tokens larger or context smaller"
+            )
+        return self
+
+
 class EvaluationSettings(_Section):
     """What the evaluation stage measures and its bounds."""
 
@@ -192,6 +224,7 @@ class Recipe(_Section):
     )
     rules: Annotated[tuple[Rule, ...], Field(min_length=1)]
     parity: ParitySettings = ParitySettings()
+    divergence: DivergenceSettings = DivergenceSettings()
     evaluation: EvaluationSettings = EvaluationSettings()
     publish: PublishSettings = PublishSettings()
     file: str = Field(default="", exclude=True)

@@ -10,7 +10,17 @@ from glm_quant.stages.base import FAILURE_NAME, Failure
 from glm_quant.stages.making import PlanRecord
 from glm_quant.workspace import Workspace
 
-STAGES = ("download", "plan", "quantize", "assemble", "parity", "evaluate", "card", "publish")
+STAGES = (
+    "download",
+    "plan",
+    "quantize",
+    "assemble",
+    "parity",
+    "divergence",
+    "evaluate",
+    "card",
+    "publish",
+)
 
 
 class StageStatus(BaseModel):

@@ -6,6 +6,7 @@ WORKSPACE/
 ├── scratch/      what a stage fetched for a while; may be deleted at any time
 ├── partial/      output shards being filled, with their journals
 ├── records/      what each stage saw, made and measured
+├── divergence/   final hidden states of the source, and each position's numbers
 ├── results/      Prefect's cached task results
 ├── published/    where `demo` publishes to
 └── .lock         held (flock) by the run that is working here
@@ -26,6 +27,7 @@ _OURS = {
     "scratch",
     "partial",
     "records",
+    "divergence",
     "results",
     "published",
     ".lock",
@@ -63,6 +65,11 @@ class Workspace:
     def results(self) -> Path:
         """Prefect's task results, one JSON file each; whatever is in it may be deleted."""
         return self.root / "results"
+
+    @property
+    def divergence(self) -> Path:
+        """The source's final hidden states and what builds were found to be beside it."""
+        return self.root / "divergence"
 
     @property
     def records(self) -> Path:

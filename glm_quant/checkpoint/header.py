@@ -8,7 +8,7 @@ validate`): ranges in order, without holes or overlap, ending exactly where the 
 import json
 import math
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 from glm_quant.errors import HeaderError
@@ -57,6 +57,13 @@ class TensorInfo:
     def size_bytes(self) -> int:
         """Bytes of the tensor's data."""
         return self.end - self.begin
+
+    def rows(self, first: int, count: int) -> "TensorInfo":
+        """Return where rows `first` to `first + count` along the first axis lie."""
+        row = self.size_bytes // self.shape[0]
+        begin = self.begin + first * row
+        shape = (count, *self.shape[1:])
+        return replace(self, shape=shape, begin=begin, end=begin + count * row)
 
 
 def header_length(first_bytes: bytes, shard: str, file_size: int) -> int:

@@ -25,7 +25,13 @@ from glm_quant.checkpoint.index import INDEX_NAME, Index, parse_index, require_i
 from glm_quant.checkpoint.source import FolderSource, Source, SourceFile
 from glm_quant.errors import CheckpointError, HeaderError, MissingTensorError
 
-_NUMPY_VIEW = {"BF16": np.uint16, "F16": np.float16, "F32": np.float32, "U32": np.uint32}
+_NUMPY_VIEW = {
+    "BF16": np.uint16,
+    "F16": np.float16,
+    "F32": np.float32,
+    "U32": np.uint32,
+    "U8": np.uint8,
+}
 # A remote source answers a header in a fraction of a second: 282 one after another take a minute.
 _HEADER_READERS = 8
 # GLM-5.2's has 3 KB; one that lists every quantized module has some hundred.
@@ -108,7 +114,10 @@ class Checkpoint:
 
     def read(self, name: str) -> mx.array:
         """Return a whole tensor in its stored dtype and shape."""
-        info = self.tensors[name]
+        return self.read_at(self.tensors[name])
+
+    def read_at(self, info: TensorInfo) -> mx.array:
+        """Return a tensor, or some rows of one (`TensorInfo.rows`)."""
         data = self.source.read(info.shard, info.begin, info.end)
         return as_array(memoryview(data), info.dtype, info.shape)
 

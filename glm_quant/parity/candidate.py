@@ -5,8 +5,6 @@ package. It runs twice: on the source's own weights in float32 (*unquantized*: o
 can differ from the reference) and on the build as it ships (*candidate*: quantized).
 """
 
-import importlib.util
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
@@ -20,35 +18,11 @@ from mlx.utils import tree_flatten
 
 from glm_quant.checkpoint.reader import Checkpoint
 from glm_quant.errors import ParityError
+from glm_quant.model.runtime import load_runtime, read_config
 from glm_quant.parity.measures import Array
 
 # What transformers hardwires; a build may carry another value (vLLM and SGLang use 1e-5).
 REFERENCE_LATENT_EPS = 1e-6
-
-
-def load_runtime(output: Path) -> ModuleType:
-    """Import the runtime file that the build's config names.
-
-    Raises:
-        ParityError: The config names none, or the file is missing.
-    """
-    name = read_config(output).get("model_file")
-    if name is None or not (output / str(name)).is_file():
-        raise ParityError(
-            f"{output / 'config.json'}: model_file is {name!r}, and without a runtime file stock "
-            "mlx-lm cannot load the build. Assemble the output again."
-        )
-    spec = importlib.util.spec_from_file_location("glm_runtime", output / str(name))
-    if spec is None or spec.loader is None:
-        raise ParityError(f"{output / str(name)}: not a Python file. Assemble the output again.")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def read_config(folder: Path) -> dict[str, Any]:
-    """Return the folder's config.json."""
-    return json.loads((folder / "config.json").read_text())
 
 
 def reference_args(runtime: ModuleType, output: Path) -> Any:

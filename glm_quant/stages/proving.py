@@ -1,10 +1,15 @@
-"""The stages that prove and measure a build: parity, evaluate."""
+"""The stages that prove and measure a build: parity, divergence, evaluate."""
 
 from importlib.metadata import version
+from pathlib import Path
 
 from glm_quant.artifact import Record
+from glm_quant.evaluation.divergence import VERSION, build_folder, check_bounds, divergence
+from glm_quant.evaluation.divergence_record import DivergenceRecord
 from glm_quant.evaluation.evaluate import evaluate, evaluation_inputs
+from glm_quant.evaluation.perplexity import digest_text
 from glm_quant.evaluation.records import EvaluationRecord
+from glm_quant.evaluation.token_set import make_token_set, read_texts
 from glm_quant.fingerprint import Canonical
 from glm_quant.parity import ParityRecord, check_parity
 from glm_quant.quantize.convert import Progress
@@ -64,6 +69,58 @@ class ParityStage(Stage[ParityStageRecord]):
         if found.mean_kl is not None and found.top1_agreement is not None:
             said.append(f"build: KL {found.mean_kl:.4f}, top-1 {found.top1_agreement:.1%}")
         return "; ".join(said)
+
+
+class DivergenceStage(Stage[DivergenceRecord]):
+    """How far the build is from its bf16 source: streamed KL and perplexity, within bounds."""
+
+    name = "divergence"
+    record_type = DivergenceRecord
+
+    def inputs(self) -> Canonical:
+        """Return the build, the settings, and the source by way of the build."""
+        settings = self.build.recipe.divergence
+        return {
+            "version": VERSION,
+            "build": AssembleStage(self.build).fingerprint(),
+            "settings": settings.model_dump_json(exclude={"memory_gb", "references"}),
+            "texts": {name: digest_text(text) for name, text in read_texts(settings).items()},
+            "versions": [version(name) for name in ("mlx", "mlx-lm")],
+        }
+
+    def make(self, progress: Progress) -> DivergenceRecord:
+        """Compare.
+
+        Raises:
+            EvaluationError: a bound is broken, or the memory is too small.
+        """
+        settings, workspace = self.build.recipe.divergence, self.build.workspace
+        shared = settings.references
+        found = divergence(
+            self.build.checkpoint,
+            workspace.checkpoint,
+            make_token_set(self.build.checkpoint, settings),
+            workspace.divergence,
+            references=None if shared is None else Path(shared).expanduser(),
+            memory_bytes=None if settings.memory_gb is None else int(settings.memory_gb * 1e9),
+            progress=progress,
+        )
+        check_bounds(found, settings)
+        folder = build_folder(workspace.divergence, found).relative_to(self.root)
+        outputs = [
+            output.model_copy(update={"path": str(folder / output.path)})
+            for output in found.outputs
+        ]
+        return found.model_copy(update={"fingerprint": self.fingerprint(), "outputs": outputs})
+
+    def summarize(self, record: DivergenceRecord) -> str:
+        """Return KL, agreement and both perplexities."""
+        row = record.row()
+        return (
+            f"KL {row.mean_kl.value:.4f} (99 % {row.p99_kl:.3f}), top-1 "
+            f"{row.top1_agreement.value:.1%}, perplexity {row.build_perplexity.value:.3f}, source "
+            f"{row.reference_perplexity.value:.3f}"
+        )
 
 
 class EvaluationStage(Stage[EvaluationRecord]):

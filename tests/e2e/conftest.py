@@ -28,6 +28,7 @@ rules:
   - {group: norms, dtype: source}
   - {group: mtp, drop: true}
 parity: {tokens: 72}
+divergence: {tokens: 72, context: 72}
 evaluation:
   perplexity_tokens: 64
   context: 64

@@ -50,7 +50,17 @@ def test_demo_ends_with_a_published_checkpoint_and_its_card(
     assert (published / "README.md").read_text().startswith("---\n")
     assert digests(published) == digests(workspace / "checkpoint")
     assert {stage["stage"] for stage in result["stages"]} == {
-        *("download", "plan", "quantize", "assemble", "parity", "evaluate", "card", "publish")
+        *(
+            "download",
+            "plan",
+            "quantize",
+            "assemble",
+            "parity",
+            "divergence",
+            "evaluate",
+            "card",
+            "publish",
+        )
     }
     verified = embedded.run("verify", published, "--source", str(tiny_glm_path()), "--json")
     assert json.loads(verified.stdout)["rederived_blocks"] > 0

@@ -27,7 +27,15 @@ def test_fresh_folder(tmp_path: Path) -> None:
     """A folder that does not exist is made, and can be opened again with its contents."""
     workspace = Workspace(tmp_path / "a" / "b")
     workspace.create()
-    for name in ("checkpoint", "scratch", "partial", "records", "results", "published"):
+    for name in (
+        "checkpoint",
+        "scratch",
+        "partial",
+        "records",
+        "divergence",
+        "results",
+        "published",
+    ):
         (workspace.root / name).mkdir()
     workspace.create()
 

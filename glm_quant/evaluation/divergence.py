@@ -1,0 +1,290 @@
+"""True KL divergence and perplexity of a build against its bf16 source, on any machine.
+
+The source is streamed once for a token set and its final hidden states are kept (the *reference
+record*); then each build is streamed over the same tokens, and both are taken to logits part by
+part of the vocabulary. With the hidden states and the source's output head the logits are exact, so
+nothing is cut off to the top few. What a reader would get wrong: the reference is keyed by content
+(the source's files, the tokens, the runtime, `VERSION`), so it may be shared between workspaces.
+"""
+
+import time
+from collections.abc import Callable
+from importlib.metadata import version
+from os import sysconf
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+
+from glm_quant import __version__
+from glm_quant.artifact import FileDigest, require_space, sha256_file
+from glm_quant.checkpoint.manifest import MANIFEST_NAME
+from glm_quant.checkpoint.reader import Checkpoint
+from glm_quant.errors import EvaluationError
+from glm_quant.evaluation.activations import load_arrays, save_arrays
+from glm_quant.evaluation.compare import Positions, compare_states, targets_of
+from glm_quant.evaluation.divergence_record import (
+    DivergenceRecord,
+    PassFacts,
+    ReferenceRecord,
+    make_rows,
+)
+from glm_quant.evaluation.memory_plan import disk_bytes, plan_memory
+from glm_quant.evaluation.streaming import forget_states, sequence_path, stream_states
+from glm_quant.evaluation.token_set import TokenSet
+from glm_quant.evaluation.weights import BuildWeights, SourceWeights, Weights
+from glm_quant.fingerprint import Canonical, fingerprint
+from glm_quant.model.geometry import Geometry
+from glm_quant.recipe import DivergenceSettings
+from glm_quant.workspace import Workspace
+
+Progress = Callable[[int, int], None]
+
+# Raise it when the states change their meaning: references made before are then made anew.
+VERSION = 1
+
+RECORD_NAME = "record.json"
+_POSITIONS = "positions.safetensors"
+
+
+def divergence(
+    source: Checkpoint,
+    build: Path,
+    tokens: TokenSet,
+    folder: Path,
+    *,
+    references: Path | None = None,
+    memory_bytes: int | None = None,
+    progress: Progress | None = None,
+) -> DivergenceRecord:
+    """Compare a build with its source on some tokens; what was done before is not done again.
+
+    Args:
+        source: the bf16 checkpoint, anywhere; read once a token set, then its output head only.
+        build: folder of the build.
+        tokens: see `make_token_set`.
+        folder: for records and states, ours alone.
+        references: folder for the source's states; default: inside `folder`.
+        memory_bytes: what a pass may take; default: half of the machine's memory.
+        progress: called with layers done and layers to do, of both passes.
+
+    Returns:
+        The record, which stands in `folder` too.
+
+    Raises:
+        EvaluationError: the memory is too small for the longest sequence.
+        DiskSpaceError: the disk is too small for the states.
+        BusyError: another process is making the same reference.
+    """
+    work = _Work(source, tokens, memory_bytes or half_of_memory())
+    tick = progress or (lambda _done, _total: None)
+    depth = int(work.source.args.num_hidden_layers)
+    own = folder / _folder_name(fingerprint(build_inputs(build, work.key)))
+    known = DivergenceRecord.load(own / RECORD_NAME)
+    if known is not None and known.is_whole(own):
+        return known
+    reference, states = work.reference(
+        references or folder, lambda done, _: tick(done, 2 * depth + 1)
+    )
+    record = work.compare(
+        build, own, reference, states, lambda done, _: tick(depth + done, 2 * depth + 1)
+    )
+    tick(2 * depth + 1, 2 * depth + 1)
+    return record
+
+
+def build_folder(folder: Path, record: DivergenceRecord) -> Path:
+    """Return the folder, inside the one given to `divergence`, that a record's outputs are in."""
+    return folder / _folder_name(record.fingerprint)
+
+
+def _folder_name(own: str) -> str:
+    return f"build-{own[:16]}"
+
+
+def half_of_memory() -> int:
+    """Return half of the machine's physical memory in bytes."""
+    return sysconf("SC_PAGE_SIZE") * sysconf("SC_PHYS_PAGES") // 2
+
+
+def build_inputs(build: Path, reference: str) -> Canonical:
+    """Return what decides a comparison: the build and the reference."""
+    return {"version": VERSION, "build": build_identity(build), "reference": reference}
+
+
+def build_identity(build: Path) -> str:
+    """Return the sha256 of the build's manifest, or of its files' identities if it has none."""
+    manifest = build / MANIFEST_NAME
+    if manifest.is_file():
+        return sha256_file(manifest)
+    files = Checkpoint.open(build).files
+    return fingerprint({name: file.identity for name, file in files.items()})
+
+
+def reference_key(source: Checkpoint, tokens_sha256: str) -> str:
+    """Return the fingerprint of a reference record: of what decides the source's states."""
+    runtime = Path(str(SourceWeights(source).runtime.__file__))
+    return fingerprint(
+        {
+            "version": VERSION,
+            "source": {
+                name: source.files[name].identity for name in ("config.json", *source.index.shards)
+            },
+            "tokens": tokens_sha256,
+            "runtime": sha256_file(runtime),
+        }
+    )
+
+
+class _Work:
+    """A source, some tokens, and what follows from them."""
+
+    def __init__(self, source: Checkpoint, tokens: TokenSet, memory_bytes: int) -> None:
+        self.source = SourceWeights(source)
+        self.tokens = tokens
+        self.sequences = tokens.sequences
+        self.lengths = [len(sequence) for sequence in self.sequences]
+        self.key = reference_key(source, tokens.sha256)
+        self.geometry = Geometry.from_config(source.config)
+        self.plan = plan_memory(
+            self.geometry, self.lengths, memory_bytes, self.source.runtime.BLOCK_ELEMENTS
+        )
+
+    def reference(self, parent: Path, progress: Progress) -> tuple[ReferenceRecord, Path]:
+        """Return the source's record and the folder with its states; makes them if need be."""
+        folder = parent / f"reference-{self.key[:16]}"
+        folder.mkdir(parents=True, exist_ok=True)
+        with Workspace(folder).locked():
+            record = ReferenceRecord.load(folder / RECORD_NAME)
+            if record is not None and record.is_whole(folder):
+                for output in record.outputs:
+                    output.check(folder)
+                return record, folder
+            done = self._pass(self.source, folder, progress)
+            record = ReferenceRecord(
+                fingerprint=self.key,
+                outputs=[
+                    FileDigest.of(folder, sequence_path(folder, number).name)
+                    for number in range(len(self.sequences))
+                ],
+                source=self.source.checkpoint.source.uri,
+                tokens_sha256=self.tokens.sha256,
+                versions=_versions(),
+                device="gpu" if mx.default_device() == mx.gpu else "cpu",
+                done=done,
+            )
+            record.save(folder / RECORD_NAME)
+            forget_states(folder)
+        return record, folder
+
+    def compare(
+        self,
+        build: Path,
+        folder: Path,
+        reference: ReferenceRecord,
+        states: Path,
+        progress: Progress,
+    ) -> DivergenceRecord:
+        """Stream the build and compare; writes the record and every position's numbers."""
+        weights = BuildWeights(build)
+        folder.mkdir(parents=True, exist_ok=True)
+        done = self._pass(weights, folder, progress)
+        started = time.monotonic()
+        positions = self._positions(weights, states, folder)
+        save_arrays(
+            folder / _POSITIONS,
+            {
+                "kl": positions.kl,
+                "agrees": positions.agrees.astype(np.uint8),
+                "reference_nll": positions.reference_nll,
+                "build_nll": positions.build_nll,
+                "lengths": np.array(self.lengths, np.int64),
+            },
+        )
+        record = DivergenceRecord(
+            fingerprint=fingerprint(build_inputs(build, self.key)),
+            outputs=[FileDigest.of(folder, _POSITIONS)],
+            reference=reference.fingerprint,
+            source=reference.source,
+            build=build_identity(build),
+            index_topk=self.geometry.index_topk,
+            slices=self.tokens.facts(),
+            rows=make_rows(self.tokens.names, self.lengths, positions, self.geometry.index_topk),
+            reference_pass=reference.done,
+            build_pass=done,
+            compare_seconds=round(time.monotonic() - started, 3),
+            versions=_versions(),
+        )
+        record.save(folder / RECORD_NAME)
+        forget_states(folder)
+        for number in range(len(self.sequences)):
+            sequence_path(folder, number).unlink()
+        return record
+
+    def _pass(self, weights: Weights, folder: Path, progress: Progress) -> PassFacts:
+        require_space(
+            folder, disk_bytes(self.geometry, sum(self.lengths)), "the hidden states of a pass"
+        )
+        mx.reset_peak_memory()
+        started = time.monotonic()
+        stream_states(weights, self.sequences, self.plan, folder, progress)
+        return PassFacts(
+            seconds=round(time.monotonic() - started, 3),
+            weight_bytes=sum(info.size_bytes for info in weights.checkpoint.tensors.values()),
+            planned_bytes=self.plan.total_bytes,
+            waves=len(self.plan.waves),
+            mlx_peak_bytes=mx.get_peak_memory(),
+        )
+
+    def _positions(self, build: Weights, states: Path, folder: Path) -> Positions:
+        parts: list[Positions] = []
+        for wave in self.plan.waves:
+            p, q = (
+                np.concatenate(
+                    [load_arrays(sequence_path(path, number))["hidden"] for number in wave]
+                )
+                for path in (states, folder)
+            )
+            targets = targets_of([self.sequences[number] for number in wave])
+            parts.append(compare_states((self.source, p), (build, q), targets))
+            mx.clear_cache()
+        return Positions(
+            *(
+                np.concatenate([getattr(part, name) for part in parts])
+                for name in ("kl", "agrees", "reference_nll", "build_nll")
+            )
+        )
+
+
+def check_bounds(record: DivergenceRecord, settings: DivergenceSettings) -> None:
+    """Hold a comparison to the recipe's bounds, on all slices together.
+
+    Raises:
+        EvaluationError: a bound is broken; names the measure and both numbers.
+    """
+    row = record.row()
+    ratio = float(np.exp(row.nll_difference.value))
+    measured = (
+        ("mean KL", row.mean_kl.value, "max_mean_kl"),
+        ("99 % KL", row.p99_kl, "max_p99_kl"),
+        ("perplexity over the source's", ratio, "max_perplexity_ratio"),
+    )
+    for what, value, name in measured:
+        bound: float | None = getattr(settings, name)
+        if bound is not None and not value <= bound:  # NaN breaks it too
+            raise EvaluationError(
+                f"divergence: {what} is {value:.4f}, the recipe's {name} is {bound:g}. {_WAY_OUT}"
+            )
+    agreement, least = row.top1_agreement.value, settings.min_top1_agreement
+    if least is not None and not agreement >= least:
+        raise EvaluationError(
+            f"divergence: top-1 agreement with the source is {agreement:.4f}, the recipe's "
+            f"min_top1_agreement is {least:g}. {_WAY_OUT}"
+        )
+
+
+_WAY_OUT = "Give the recipe more bits, or correct the bound."
+
+
+def _versions() -> dict[str, str]:
+    return {"glm-quant": __version__, "mlx": version("mlx"), "mlx-lm": version("mlx-lm")}
