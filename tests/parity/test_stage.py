@@ -11,7 +11,7 @@ import pytest
 
 from glm_quant.checkpoint.reader import Checkpoint
 from glm_quant.checkpoint.spool import SpooledSource
-from glm_quant.errors import ParityError
+from glm_quant.errors import CheckpointError, ParityError
 from glm_quant.hub.huggingface import HubSource
 from glm_quant.parity import ParityRecord, candidate, check_parity, reference
 from glm_quant.parity.candidate import load_candidate, load_unquantized, logits_of
@@ -177,7 +177,7 @@ def test_a_build_without_runtime_is_refused(
 ) -> None:
     bare = shutil.copytree(build, tmp_path / "bare")
     (bare / "glm_moe_dsa.py").unlink()
-    with pytest.raises(ParityError, match=r"model_file is 'glm_moe_dsa\.py', and without"):
+    with pytest.raises(CheckpointError, match=r"model_file is 'glm_moe_dsa\.py', and without"):
         check_parity(Checkpoint.open(suite.tiny), bare, ParitySettings(tokens=TOKENS))
 
 
