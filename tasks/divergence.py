@@ -6,6 +6,7 @@ from glm_quant.build import BuildSpec, open_build
 from glm_quant.stages.base import StageResult
 from glm_quant.stages.proving import DivergenceStage
 from tasks.caching import on_disk
+from tasks.retrying import passing
 from tasks.running import run_stage
 
 
@@ -13,6 +14,7 @@ from tasks.running import run_stage
     name="divergence",
     task_run_name="divergence",
     **on_disk(lambda inputs: DivergenceStage(open_build(inputs["spec"]))),
+    **passing(),
 )
 def divergence(spec: BuildSpec) -> StageResult:
     """Measure how far the build is from its source: `glm_quant.stages.proving.DivergenceStage`."""

@@ -6,12 +6,13 @@ from glm_quant.artifact import FileDigest
 from glm_quant.build import Build
 from glm_quant.checkpoint.manifest import load_manifest
 from glm_quant.errors import EvaluationError, ParityError, PublishError
+from glm_quant.evaluation.divergence import check_bounds as check_divergence
 from glm_quant.evaluation.evaluate import check_bounds
 from glm_quant.hub.license import require_license
 from glm_quant.parity.check import enforce
 from glm_quant.quantize.verify import verify
 from glm_quant.stages.making import AssembleStage
-from glm_quant.stages.proving import EvaluationStage, ParityStage
+from glm_quant.stages.proving import DivergenceStage, EvaluationStage, ParityStage
 from glm_quant.stages.releasing import CardStage
 
 # Size and time of change of every file of the builds that this process has verified.
@@ -55,14 +56,16 @@ def publishable_files(build: Build) -> list[FileDigest]:
 
 def _require_proof(build: Build) -> None:
     parity, evaluation = ParityStage(build).current(), EvaluationStage(build).current()
-    if parity is None or evaluation is None:
-        missing = "parity" if parity is None else "evaluate"
+    divergence = DivergenceStage(build).current()
+    if parity is None or divergence is None or evaluation is None:
+        missing = "evaluate" if divergence else "divergence" if parity else "parity"
         raise PublishError(
             f"{build.workspace.root}: stage {missing!r} has no passing record for this build, and "
             "nothing is published unproved. Run the flow again: it does what is left."
         )
     try:
         enforce(parity.found, build.workspace.checkpoint)
+        check_divergence(divergence, build.recipe.divergence)
         check_bounds(evaluation, build.recipe.evaluation)
     except (ParityError, EvaluationError) as error:
         raise PublishError(f"a bound of the recipe is broken: {error}") from None
@@ -71,6 +74,7 @@ def _require_proof(build: Build) -> None:
         "parity: mean KL": parity.found.mean_kl,
         "parity: top-1 agreement": parity.found.top1_agreement,
         "parity: largest layer error": parity.found.max_layer_error,
+        "divergence: mean KL": divergence.row().mean_kl.value,
         "evaluation: perplexity": max((text.value for text in perplexity), default=None),
     }
     for name, value in numbers.items():
