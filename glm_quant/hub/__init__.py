@@ -51,6 +51,7 @@ def open_target(
     uri: str,
     build_id: str,
     settings: PublishSettings | None = None,
+    workspace: Workspace | None = None,
     patience: Patience | None = None,
 ) -> Target:
     """Return the target that a URI or a path names. Nothing is asked yet.
@@ -59,6 +60,7 @@ def open_target(
         uri: a folder, file://folder, hf://org/name[@branch] or s3://bucket[/prefix].
         build_id: names the build where it is uploaded out of sight.
         settings: the recipe's; default: the defaults.
+        workspace: of the build; what is known of unfinished uploads stands there.
         patience: how often to try; default: minutes.
 
     Raises:
@@ -75,6 +77,17 @@ def open_target(
                 *parse_hub_uri(uri),
                 build_id=build_id,
                 private=settings.private,
+                patience=patience,
+            )
+        if scheme == "s3" and separator:
+            from glm_quant.hub.bucket import S3Target
+            from glm_quant.hub.s3 import parse_s3_uri
+
+            return S3Target(
+                *parse_s3_uri(uri),
+                build_id=build_id,
+                ledgers=(workspace or Workspace(Path.cwd())).records / "uploads" / "parts",
+                keep_previous=settings.keep_previous,
                 patience=patience,
             )
     except SourceError as error:

@@ -7,6 +7,7 @@ Credentials, region and endpoint follow boto3's own rules (AWS_ENDPOINT_URL amon
 """
 
 import base64
+import json
 import re
 from collections.abc import Generator, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -42,6 +43,9 @@ _PASSING_CODES = {
     "RequestTimeTooSkewed",
 }
 _LISTERS = 8
+
+# Names the build that a prefix shows, where glm-quant published to it.
+LATEST = "LATEST"
 
 
 class S3Source(RemoteSource):
@@ -84,6 +88,9 @@ class S3Place:
         self._bucket = bucket
         self._prefix = f"{prefix.strip('/')}/" if prefix.strip("/") else ""
         listed = retry(self._list, patience, self.uri)
+        if LATEST in listed and "config.json" not in listed:
+            self._prefix += f"{retry(self._build_named, patience, self.uri)}/"
+            listed = retry(self._list, patience, self.uri)
         if not listed:
             raise SourceError(f"{self.uri}: there is nothing. Check bucket and prefix.")
         with ThreadPoolExecutor(_LISTERS, thread_name_prefix="head") as pool:
@@ -137,13 +144,29 @@ class S3Place:
                 names += [entry["Key"][len(self._prefix) :] for entry in page.get("Contents", ())]
         return [name for name in names if name and "\\" not in name and not name.startswith(".")]
 
+    def _build_named(self) -> str:
+        """Return the folder of the build that LATEST names."""
+        with self._translated(LATEST):
+            answer = self._client.get_object(Bucket=self._bucket, Key=self._prefix + LATEST)
+            data = answer["Body"].read()
+        try:
+            folder = str(json.loads(data)["prefix"])
+        except (ValueError, KeyError, TypeError):
+            folder = ""
+        if not re.fullmatch(r"builds/[\w-]+", folder):
+            raise SourceError(
+                f"{self.uri}/{LATEST}: it names no build of glm-quant. Give the prefix that holds "
+                "config.json."
+            )
+        return folder
+
     def _head(self, name: str) -> tuple[SourceFile, str]:
         with self._translated(name):
             answer = self._client.head_object(
                 Bucket=self._bucket, Key=self._prefix + name, ChecksumMode="ENABLED"
             )
         size, etag = int(answer["ContentLength"]), str(answer["ETag"])
-        digest = _promised_sha256(answer)
+        digest = promised_sha256(answer)
         identity = f"sha256:{digest}" if digest else f"etag:{etag.strip(chr(34))}:{size}"
         return SourceFile(name, size, identity, digest), etag
 
@@ -154,7 +177,7 @@ class S3Place:
         try:
             yield
         except ClientError as error:
-            raise _translate(error, where) from None
+            raise translate(error, where) from None
         except (
             ConnectionError,
             HTTPClientError,
@@ -192,7 +215,8 @@ def parse_s3_uri(uri: str) -> tuple[str, str]:
     return bucket, prefix
 
 
-def _translate(error: ClientError, where: str) -> Exception:
+def translate(error: ClientError, where: str) -> Exception:
+    """Return what an error of boto3 means: a `TransientError` if it may pass, else what to do."""
     answer: Any = error.response
     code = str(answer.get("Error", {}).get("Code", ""))
     meta = answer.get("ResponseMetadata", {})
@@ -216,7 +240,7 @@ def _translate(error: ClientError, where: str) -> Exception:
     )
 
 
-def _promised_sha256(answer: Mapping[str, Any]) -> str | None:
+def promised_sha256(answer: Mapping[str, Any]) -> str | None:
     """Return the sha256 that an object carries, in metadata or as checksum of the whole object.
 
     The checksum of a multipart upload is one of its parts' checksums and ends in "-N".

@@ -1,0 +1,123 @@
+"""The objects of one S3 bucket; botocore's errors told apart: passing, absent, taken, final."""
+
+import base64
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from botocore.exceptions import (
+    BotoCoreError,
+    ClientError,
+    ConnectionError,  # noqa: A004 - botocore's own name for it
+    HTTPClientError,
+)
+
+from glm_quant.errors import PublishError, SourceError
+from glm_quant.hub.retry import TransientError
+from glm_quant.hub.s3 import promised_sha256, translate
+
+
+class AbsentError(Exception):
+    """There is no such object; never leaves this package."""
+
+
+class TakenError(Exception):
+    """Somebody else wrote in between, so a condition was not met; never leaves this package."""
+
+
+class Objects:
+    """One bucket. Every method raises `TransientError` for what may pass, else `PublishError`."""
+
+    def __init__(self, client: Any, bucket: str) -> None:
+        """Attach a boto3 client to a bucket."""
+        self.client = client
+        self.bucket = bucket
+
+    def get(self, key: str) -> tuple[bytes, str]:
+        """Return the content of a small object and its ETag.
+
+        Raises:
+            AbsentError: there is none.
+        """
+        with self.translated(key):
+            answer = self.client.get_object(Bucket=self.bucket, Key=key)
+            return bytes(answer["Body"].read()), str(answer["ETag"])
+
+    def put(
+        self, key: str, data: bytes, sha256: str, condition: dict[str, str], **kind: str
+    ) -> None:
+        """Put a small object that carries its sha256; the server refuses other bytes.
+
+        Raises:
+            TakenError: the condition (IfMatch, IfNoneMatch) is not met.
+        """
+        with self.translated(key):
+            self.client.put_object(
+                Bucket=self.bucket,
+                Key=key,
+                Body=data,
+                Metadata={"sha256": sha256},
+                ChecksumSHA256=base64_digest(sha256),
+                **condition,
+                **kind,
+            )
+
+    def keys(self, prefix: str, delimiter: str = "") -> list[str]:
+        """Return the keys below a prefix; with a delimiter those directly below."""
+        with self.translated(""):
+            pages = self.client.get_paginator("list_objects_v2").paginate(
+                Bucket=self.bucket, Prefix=prefix, Delimiter=delimiter
+            )
+            return [str(entry["Key"]) for page in pages for entry in page.get("Contents", ())]
+
+    def head(self, key: str) -> tuple[int, str | None, str] | None:
+        """Return size, sha256 and ETag of an object."""
+        try:
+            with self.translated(key):
+                answer = self.client.head_object(
+                    Bucket=self.bucket, Key=key, ChecksumMode="ENABLED"
+                )
+        except AbsentError:
+            return None
+        return int(answer["ContentLength"]), promised_sha256(answer), str(answer["ETag"])
+
+    def delete(self, keys: Sequence[str]) -> None:
+        """Delete objects; one that is gone already is no error."""
+        for key in keys:
+            with self.translated(key):
+                self.client.delete_object(Bucket=self.bucket, Key=key)
+
+    @contextmanager
+    def translated(self, name: str) -> Generator[None]:
+        """Turn what botocore raises into what may pass and what will not."""
+        where = f"s3://{self.bucket}/{name}"
+        try:
+            yield
+        except ClientError as error:
+            raise _meaning(error, where) from None
+        except (ConnectionError, HTTPClientError) as error:
+            raise TransientError(type(error).__name__) from None
+        except BotoCoreError as error:
+            raise PublishError(
+                f"{where}: {error}. Set credentials, region and endpoint as for the AWS command "
+                "line (AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_ENDPOINT_URL or a profile)."
+            ) from None
+
+
+def base64_digest(digest: str) -> str:
+    """Return a hex sha256 as S3's headers have it."""
+    return base64.b64encode(bytes.fromhex(digest)).decode()
+
+
+def _meaning(error: ClientError, where: str) -> Exception:
+    answer: Any = error.response
+    status = int(answer.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))
+    code = str(answer.get("Error", {}).get("Code", ""))
+    if status == 404 and code in ("NoSuchKey", "404", "NotFound"):
+        return AbsentError(where)
+    if status == 412 or code == "ConditionalRequestConflict":
+        return TakenError(where)
+    if code == "NoSuchUpload":  # ended by somebody, or its reply was lost; begin by looking again
+        return TransientError("the upload in parts is not there any more")
+    found = translate(error, where)
+    return PublishError(str(found)) if isinstance(found, SourceError) else found
