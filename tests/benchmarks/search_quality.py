@@ -2,9 +2,10 @@
 
     uv run python tests/benchmarks/search_quality.py --source PATH/tiny-glm --text PATH/held_out.txt
 
-Each variant is a whole build under the demo's rules, which the runtime runs as stock mlx-lm loads
-it. KL is to the source's weights in float32, over windows of held-out text: lower weight error is
-not always lower KL, so the last is what decides. The source must fit into memory.
+Each variant is a whole build under the demo's rules. The runtime runs the weights that its codes
+stand for in float32, so that only their values differ from the source's. KL is to the source, over
+windows of held-out text: lower weight error is not always lower KL, so the last is what decides.
+The source must fit into memory.
 """
 
 import argparse
@@ -22,7 +23,7 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from glm_quant.checkpoint.reader import Checkpoint
-from glm_quant.parity.candidate import load_candidate, load_unquantized, logits_of
+from glm_quant.parity.candidate import load_shard, load_unquantized, logits_of
 from glm_quant.parity.measures import kl_divergence, log_softmax, top1_agreement
 from glm_quant.quantize import encode
 from glm_quant.quantize.command import convert_to_folder, open_conversion
@@ -83,6 +84,28 @@ def windows(source: Path, text: Path, length: int, count: int) -> list[np.ndarra
     ]
 
 
+def dequantized(source: Path, folder: Path) -> Any:
+    """Return the runtime with the weights that a build's codes stand for, in float32."""
+    stored: dict[str, mx.array] = {}
+    for shard in sorted(folder.glob("model*.safetensors")):
+        stored |= load_shard(shard)
+    schemes = json.loads((folder / "config.json").read_text())["quantization"]
+    weights = {k: v for k, v in stored.items() if not k.endswith((".scales", ".biases"))}
+    for path, scheme in schemes.items():
+        if isinstance(scheme, dict):
+            weights[f"{path}.weight"] = mx.dequantize(
+                stored[f"{path}.weight"],
+                stored[f"{path}.scales"].astype(mx.float32),
+                stored[f"{path}.biases"].astype(mx.float32),
+                group_size=scheme["group_size"],
+                bits=scheme["bits"],
+            )
+    model = load_unquantized(source, folder)
+    model.load_weights([(k, v.astype(mx.float32)) for k, v in weights.items()], strict=True)
+    mx.eval(model.parameters())
+    return model
+
+
 def experts_error(source: Checkpoint, model: Any) -> tuple[float, float]:
     """Return squared error of the routed experts relative to their squares, and the gain."""
     off = size = along = 0.0
@@ -90,14 +113,7 @@ def experts_error(source: Checkpoint, model: Any) -> tuple[float, float]:
         if "switch_mlp" not in layer.mlp:
             continue
         for name in ("gate_proj", "up_proj", "down_proj"):
-            part = layer.mlp.switch_mlp[name]
-            read = mx.dequantize(
-                part.weight,
-                part.scales.astype(mx.float32),
-                part.biases.astype(mx.float32),
-                group_size=part.group_size,
-                bits=part.bits,
-            )
+            read = layer.mlp.switch_mlp[name].weight
             for expert in range(read.shape[0]):
                 key = f"model.layers.{index}.mlp.experts.{expert}.{name}.weight"
                 whole = np.array(source.read(key).astype(mx.float32)).astype(np.float64)
@@ -139,6 +155,7 @@ def main() -> None:
     texts = windows(options.source, options.text, options.length, options.count)
     checkpoint = Checkpoint.open(options.source)
     rows: dict[str, dict[str, float]] = {}
+    reference: list[np.ndarray] = []
     with tempfile.TemporaryDirectory() as scratch:
         for number, (name, settings) in enumerate(VARIANTS.items()):
             folder = Path(scratch) / str(number)
@@ -148,7 +165,7 @@ def main() -> None:
                 reference = [logits_of(whole, ids) for ids in texts]
                 exact = judge(whole, reference, texts)
                 say(f"{sum(map(len, texts)):,} tokens, source {exact['perplexity']:.4f}")
-            model = load_candidate(folder)
+            model = dequantized(options.source, folder)
             error, gain = experts_error(checkpoint, model)
             rows[name] = judge(model, reference, texts) | {
                 "expert_error": error,
