@@ -111,6 +111,44 @@ def convert(
 
 
 @app.command()
+def calibrate(
+    source: Annotated[str, typer.Option(help="Folder or URI of the checkpoint.")],
+    output: Annotated[Path, typer.Option(help="Folder to make, for a recipe's `imatrix`.")],
+    text: Annotated[
+        list[Path] | None,
+        typer.Option(help="Text file, or JSON of conversations; default: this project's code."),
+    ] = None,
+    tokens: Annotated[int, typer.Option(help="At most so many tokens of each text.")] = 2048,
+    context: Annotated[int, typer.Option(help="Tokens of a sequence.")] = 512,
+    verbose: Verbose = False,
+    as_json: Json = False,
+) -> None:
+    """Stream texts through the source and note how loud each weight's inputs are."""
+    with _errors_in_one_screen(verbose), stopping_in_order(_err):
+        from flows.terminal import Terminal
+        from glm_quant.calibration.calibrate import calibrate as stream
+        from glm_quant.calibration.calibrate import calibration_tokens
+        from glm_quant.checkpoint.reader import Checkpoint
+        from glm_quant.hub import open_source
+
+        checkpoint = Checkpoint.open(open_source(source))
+        checkpoint.require_weights()
+        batch = calibration_tokens(checkpoint, text, tokens, context)
+        with Terminal(_err, 1) as terminal:
+            terminal.begin("calibrate")
+            record = stream(
+                checkpoint,
+                batch,
+                output,
+                progress=lambda done, total: terminal.move("calibrate", done, total),
+            )
+        if as_json:
+            _print_json(record.model_dump())
+        else:
+            _out.print(f"{output}: {record.describe()}")
+
+
+@app.command()
 def plan(
     source: Source = None,
     recipe: RecipeOption = "dynamic-2.56bpw",

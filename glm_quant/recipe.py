@@ -219,6 +219,9 @@ class Recipe(_Section):
     description: str
     source: str | None = Field(default=None, description="default source; --source overrides it")
     quantizer: Quantizer = Field(default="minmax", description="of rules that do not name theirs")
+    imatrix: str | None = Field(
+        default=None, description="folder that `glm-quant calibrate` made, for `search` to use"
+    )
     shard_bytes: int = Field(
         default=5 << 30, ge=1 << 16, description="largest payload of an output shard"
     )
@@ -229,6 +232,15 @@ class Recipe(_Section):
     publish: PublishSettings = PublishSettings()
     file: str = Field(default="", exclude=True)
 
+    @model_validator(mode="after")
+    def _imatrix_is_used(self) -> Self:
+        searched = {rule.quantizer or self.quantizer for rule in self.rules if rule.bits}
+        if self.imatrix is not None and "search" not in searched:
+            raise ValueError(
+                "imatrix is given, but no rule has the quantizer `search`, which alone uses it"
+            )
+        return self
+
     def where(self, rule: Rule) -> str:
         """Return "file:line" of a rule, for messages."""
         return f"{self.file}:{rule.line}"
@@ -238,6 +250,7 @@ class Recipe(_Section):
         rules = [rule.model_dump(mode="json") for rule in self.rules]
         return {
             "quantizer": self.quantizer,
+            "imatrix": self.imatrix,
             "shard_bytes": self.shard_bytes,
             "rules": cast("Canonical", rules),
         }

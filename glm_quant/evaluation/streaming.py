@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Sequence
 from itertools import accumulate
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -27,6 +27,23 @@ from glm_quant.evaluation.weights import Floats, Weights
 from glm_quant.fingerprint import fingerprint
 
 log = logging.getLogger(__name__)
+
+
+class Watching(Protocol):
+    """Whoever wants to see what passes through the layers; calls come in the order of compute."""
+
+    def watch(self, layer: Any, index: int) -> None:
+        """Note that a layer was loaded; may put listeners into it."""
+        ...
+
+    def routed(self, index: int, expert: int, x: mx.array, middle: mx.array) -> None:
+        """Note an expert's tokens [tokens, hidden_size] and what its down projection meets."""
+        ...
+
+    def passed(self, index: int, wave: int) -> None:
+        """Note that a wave has passed a layer; its states are kept after this returns."""
+        ...
+
 
 Tokens = NDArray[np.int64]
 Progress = Callable[[int, int], None]
@@ -52,6 +69,7 @@ def stream_states(
     plan: MemoryPlan,
     folder: Path,
     progress: Progress | None = None,
+    watching: Watching | None = None,
 ) -> list[Path]:
     """Write the final hidden states of some sequences, after the last norm.
 
@@ -64,17 +82,25 @@ def stream_states(
         folder: where the files go, ours alone; the states on the way lie inside it until
             `forget_states`.
         progress: called with layers done and layers to do.
+        watching: sees what was not passed before an interruption.
 
     Returns:
         One file a sequence, holding `hidden`, float32 [L, hidden_size].
     """
-    return _Pass(weights, sequences, plan, folder).run(progress or (lambda _done, _total: None))
+    run = _Pass(weights, sequences, plan, folder, watching).run
+    return run(progress or (lambda _done, _total: None))
 
 
 class _Pass:
     def __init__(
-        self, weights: Weights, sequences: Sequence[Tokens], plan: MemoryPlan, folder: Path
+        self,
+        weights: Weights,
+        sequences: Sequence[Tokens],
+        plan: MemoryPlan,
+        folder: Path,
+        watching: Watching | None,
     ) -> None:
+        self._watching = watching
         self._weights = weights
         self._sequences = sequences
         self._waves = plan.waves
@@ -114,12 +140,15 @@ class _Pass:
 
     def _layer(self, index: int) -> None:
         layer = self._weights.layer(index)
+        if self._watching:
+            self._watching.watch(layer, index)
         for wave in range(len(self._waves)):
             if not self._states.has(index, wave):
                 before = load_arrays(self._states.path(index - 1, wave))
-                save_arrays(
-                    self._states.path(index, wave), self._advance(layer, index, wave, before)
-                )
+                after = self._advance(layer, index, wave, before)
+                if self._watching:
+                    self._watching.passed(index, wave)
+                save_arrays(self._states.path(index, wave), after)
                 mx.clear_cache()
 
     def _advance(
@@ -157,8 +186,12 @@ class _Pass:
             for first in range(0, len(token), MLP_ROWS):
                 part = token[first : first + MLP_ROWS]
                 share = shares[part, slot[first : first + MLP_ROWS]]
-                y = feed_forward(mx.array(x[part]), matrices) * mx.array(share)[:, None]
-                out[part] += np.array(y)
+                given = mx.array(x[part])
+                gate, up, down = matrices
+                middle = nn.silu(product(given, gate)) * product(given, up)
+                if self._watching:
+                    self._watching.routed(index, expert, given, middle)
+                out[part] += np.array(product(middle, down) * mx.array(share)[:, None])
         return out
 
     def _members(self, wave: int) -> list[tuple[int, slice]]:
@@ -199,9 +232,3 @@ def route(gate: Any, x: Floats) -> tuple[NDArray[np.int64], Floats]:
         chosen.append(np.array(experts).astype(np.int64))
         shares.append(np.array(weights))
     return np.concatenate(chosen), np.concatenate(shares)
-
-
-def feed_forward(x: mx.array, matrices: Sequence[mx.array]) -> mx.array:
-    """Return SwiGLU of x [tokens, hidden_size] with [gate, up, down], each [out, in]."""
-    gate, up, down = matrices
-    return product(nn.silu(product(x, gate)) * product(x, up), down)

@@ -221,7 +221,7 @@ class Conversion:
         jobs = self._jobs_of[shard]
         weight_map, files = self._checkpoint.index.weight_map, self._checkpoint.files
         schemes = {
-            target.weight.weight.name: target.weight.scheme.describe()
+            target.weight.weight.name: target.weight.describe()
             for job in jobs
             for target in job.targets
             if any(tensor.shard == shard for tensor in target.weight.tensors)

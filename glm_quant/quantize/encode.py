@@ -67,13 +67,16 @@ def load_rows(data: NDArray[np.uint8], dtype: str, width: int, where: str) -> Ro
     return Rows(bits.reshape(-1, width), dtype)
 
 
-def encode(rows: Rows, scheme: Scheme, where: str) -> list[NDArray[np.uint8]]:
+def encode(
+    rows: Rows, scheme: Scheme, where: str, energy: NDArray[np.float32] | None = None
+) -> list[NDArray[np.uint8]]:
     """Return the bytes of a weight's stored tensors, in the order of `scheme.layouts`.
 
     Args:
         rows: in the source's dtype.
         scheme: what to make of it.
         where: for messages.
+        energy: E[x²] of the inputs, for `search`: see there.
 
     Raises:
         WeightError: a value does not fit the target dtype.
@@ -81,8 +84,11 @@ def encode(rows: Rows, scheme: Scheme, where: str) -> list[NDArray[np.uint8]]:
     if not isinstance(scheme, Quantized):
         arrays = [_cast(rows, scheme.dtype, where)]
     elif scheme.mode == "affine":
-        quantize = quantize_search if scheme.quantizer == "search" else quantize_affine
-        codes, scales, biases = quantize(*rows, scheme.bits, scheme.group_size)
+        if scheme.quantizer == "search":
+            made = quantize_search(*rows, scheme.bits, scheme.group_size, energy)
+        else:
+            made = quantize_affine(*rows, scheme.bits, scheme.group_size)
+        codes, scales, biases = made
         if largest_magnitude(scales) >= _INFINITY[rows.dtype]:
             bad = int((~np.isfinite(to_float32(scales, rows.dtype))).sum())
             raise WeightError(

@@ -119,7 +119,11 @@ def encode_job(
         if not any(tensor.shard in shards for tensor in tensors):
             continue
         made = transform_rows(rows.bits, target.part.transform, geometry)
-        encoded = encode(Rows(made, rows.dtype), target.weight.scheme, where)
+        energy = None
+        if target.weight.energy is not None:
+            all_rows = target.weight.weight.rows
+            energy = target.weight.energy.of_rows(target.first_row, len(made), all_rows)
+        encoded = encode(Rows(made, rows.dtype), target.weight.scheme, where, energy)
         for tensor, array in zip(tensors, encoded, strict=True):
             if tensor.shard in shards:
                 yield tensor, target.first_row, array

@@ -7,7 +7,8 @@ after the other while the source streams by once, and at most a few are open at 
 import json
 from collections import Counter, defaultdict
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict
 
@@ -22,6 +23,7 @@ from glm_quant.model.restructure import (
     check_shapes,
     output_weights,
 )
+from glm_quant.quantize.imatrix import Energy, Imatrix
 from glm_quant.quantize.scheme import Quantized, Scheme, Stored, TensorLayout, layouts
 from glm_quant.recipe import ComponentGroup, Recipe, Rule
 
@@ -48,6 +50,12 @@ class PlannedWeight:
     weight: OutputWeight
     scheme: Scheme
     tensors: tuple[PlannedTensor, ...]
+    energy: Energy | None = None
+
+    def describe(self) -> str:
+        """Return everything but the source that decides its bytes."""
+        calibrated = f", imatrix {self.energy.sha256}" if self.energy else ""
+        return self.scheme.describe() + calibrated
 
     @property
     def size_bytes(self) -> int:
@@ -155,6 +163,8 @@ def make_plan(checkpoint: Checkpoint, recipe: Recipe) -> Plan:
     schemes = _assign(weights, dropped, recipe)
     kept = [(weight, scheme) for weight, scheme in zip(weights, schemes, strict=True) if scheme]
     planned, shards = _lay_out(kept, recipe.shard_bytes)
+    if recipe.imatrix is not None:
+        planned = _calibrated(planned, recipe)
     return Plan(geometry, planned, shards, tuple(sorted(dropped)))
 
 
@@ -217,6 +227,24 @@ def _scheme(rule: Rule, weight: OutputWeight, recipe: Recipe) -> Scheme | None:
         )
     quantizer = rule.quantizer or recipe.quantizer if rule.mode == "affine" else "minmax"
     return Quantized(rule.mode, rule.bits, rule.group_size, quantizer)
+
+
+def _calibrated(planned: tuple[PlannedWeight, ...], recipe: Recipe) -> tuple[PlannedWeight, ...]:
+    """Give searched weights their energies; those that no calibration reaches go without."""
+    imatrix = Imatrix.open(Path(str(recipe.imatrix)).expanduser())
+    made: list[PlannedWeight] = []
+    for one in planned:
+        energy = None
+        if isinstance(one.scheme, Quantized) and one.scheme.quantizer == "search":
+            energy = imatrix.energy(one.weight.path)
+        if energy and energy.shape() != (energy.units, one.weight.shape[-1]):
+            raise RecipeError(
+                f"{recipe.file}: imatrix {recipe.imatrix} has energies {list(energy.shape())} for "
+                f"{one.weight.path}, whose shape is {list(one.weight.shape)}. It was made from "
+                "another model; calibrate this one."
+            )
+        made.append(replace(one, energy=energy))
+    return tuple(made)
 
 
 def _lay_out(

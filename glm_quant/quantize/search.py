@@ -172,7 +172,7 @@ class _Lanes(NamedTuple):
 
 def _new_lanes() -> _Lanes:
     rows = np.zeros((len(_Lanes._fields) - 1, _LANES), np.float32)
-    return _Lanes(*rows, np.zeros(5 * _LANES, np.float32))
+    return _Lanes._make([*rows, np.zeros(5 * _LANES, np.float32)])
 
 
 @compiled

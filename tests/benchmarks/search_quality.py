@@ -2,10 +2,8 @@
 
     uv run python tests/benchmarks/search_quality.py --source PATH/tiny-glm --text PATH/held_out.txt
 
-Each variant is a whole build under the demo's rules. The runtime runs the weights that its codes
-stand for in float32, so that only their values differ from the source's. KL is to the source, over
-windows of held-out text: lower weight error is not always lower KL, so the last is what decides.
-The source must fit into memory.
+Each variant is a whole build under the demo's rules, streamed against its source in float32. Lower
+weight error is not always lower KL, so KL on held-out text is what decides.
 """
 
 import argparse
@@ -13,32 +11,30 @@ import json
 import math
 import tempfile
 import time
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import mlx.core as mx
 import numpy as np
-from tokenizers import Tokenizer
 
 from glm_quant.checkpoint.reader import Checkpoint
-from glm_quant.parity.candidate import load_shard, load_unquantized, logits_of
-from glm_quant.parity.measures import kl_divergence, log_softmax, top1_agreement
+from glm_quant.evaluation.divergence import divergence
+from glm_quant.evaluation.token_set import make_token_set
+from glm_quant.evaluation.weights import PROJECTIONS, BuildWeights, SourceWeights
 from glm_quant.quantize import encode
 from glm_quant.quantize.command import convert_to_folder, open_conversion
 from glm_quant.quantize.search import Search, quantize_search
-from glm_quant.recipe import load_recipe
+from glm_quant.recipe import DivergenceSettings, load_recipe
 from glm_quant.testbed import tiny_glm_path
 
 VARIANTS: dict[str, Search | None] = {
     "minmax": None,
-    "search, plain squared error": Search(math.inf, magnitudes=False),
-    "search, plain, slack 1.0": Search(1.0, magnitudes=False),
-    "search, no bound": Search(math.inf),
-    "search, slack 1.25": Search(1.25),
-    "search, slack 1.1": Search(1.1),
-    "search, slack 1.0": Search(1.0),
+    "plain squared error": Search(math.inf, magnitudes=False),
+    "plain, slack 1.0": Search(1.0, magnitudes=False),
+    "weighted, no bound": Search(math.inf),
+    "weighted, slack 1.25": Search(1.25),
+    "weighted, slack 1.1": Search(1.1),
+    "weighted, slack 1.0": Search(1.0),
 }
 
 
@@ -52,7 +48,18 @@ class Quiet:
         """Ignore the progress."""
 
 
-def build(source: Path, folder: Path, bits: int, settings: Search | None) -> float:
+# With `--imatrix`.
+CALIBRATED: dict[str, Search | None] = {
+    "calibrated, no bound": Search(math.inf),
+    "calibrated, slack 1.25": Search(1.25),
+    "calibrated, slack 1.0": Search(1.0),
+    "calibrated, plain": Search(math.inf, magnitudes=False),
+}
+
+
+def build(
+    source: Path, folder: Path, bits: int, settings: Search | None, imatrix: str | None
+) -> float:
     """Convert with experts in `bits`; returns the seconds that it took."""
     recipe = load_recipe("demo")
     rules = [
@@ -66,6 +73,8 @@ def build(source: Path, folder: Path, bits: int, settings: Search | None) -> flo
         "quantizer": "minmax" if settings is None else "search",
         "rules": rules,
     }
+    if imatrix is not None:
+        text["imatrix"] = imatrix
     path = folder.with_suffix(".yaml")
     path.write_text(json.dumps(text))
     if settings is not None:
@@ -75,70 +84,21 @@ def build(source: Path, folder: Path, bits: int, settings: Search | None) -> flo
     return time.perf_counter() - begin
 
 
-def windows(source: Path, text: Path, length: int, count: int) -> list[np.ndarray]:
-    """Return windows of token ids that do not overlap."""
-    tokenizer = Tokenizer.from_file(str(source / "tokenizer.json"))
-    ids = tokenizer.encode(text.read_text(), add_special_tokens=False).ids
-    return [
-        np.array(ids[i * length : (i + 1) * length]) for i in range(min(count, len(ids) // length))
-    ]
-
-
-def dequantized(source: Path, folder: Path) -> Any:
-    """Return the runtime with the weights that a build's codes stand for, in float32."""
-    stored: dict[str, mx.array] = {}
-    for shard in sorted(folder.glob("model*.safetensors")):
-        stored |= load_shard(shard)
-    schemes = json.loads((folder / "config.json").read_text())["quantization"]
-    weights = {k: v for k, v in stored.items() if not k.endswith((".scales", ".biases"))}
-    for path, scheme in schemes.items():
-        if isinstance(scheme, dict):
-            weights[f"{path}.weight"] = mx.dequantize(
-                stored[f"{path}.weight"],
-                stored[f"{path}.scales"].astype(mx.float32),
-                stored[f"{path}.biases"].astype(mx.float32),
-                group_size=scheme["group_size"],
-                bits=scheme["bits"],
-            )
-    model = load_unquantized(source, folder)
-    model.load_weights([(k, v.astype(mx.float32)) for k, v in weights.items()], strict=True)
-    mx.eval(model.parameters())
-    return model
-
-
-def experts_error(source: Checkpoint, model: Any) -> tuple[float, float]:
+def experts_error(source: Checkpoint, folder: Path) -> tuple[float, float]:
     """Return squared error of the routed experts relative to their squares, and the gain."""
+    whole, made = SourceWeights(source), BuildWeights(folder)
     off = size = along = 0.0
-    for index, layer in enumerate(model.layers):
-        if "switch_mlp" not in layer.mlp:
-            continue
-        for name in ("gate_proj", "up_proj", "down_proj"):
-            read = layer.mlp.switch_mlp[name].weight
-            for expert in range(read.shape[0]):
-                key = f"model.layers.{index}.mlp.experts.{expert}.{name}.weight"
-                whole = np.array(source.read(key).astype(mx.float32)).astype(np.float64)
-                made = np.array(read[expert])
-                off += float(((made - whole) ** 2).sum())
-                along += float((made * whole).sum())
-                size += float((whole**2).sum())
+    for layer, sparse in enumerate(whole.args.sparse_layers):
+        every = range(whole.args.n_routed_experts if sparse else 0)
+        for (_, theirs), (_, ours) in zip(
+            whole.experts(layer, every), made.experts(layer, every), strict=True
+        ):
+            for k in range(len(PROJECTIONS)):
+                w, v = (np.array(m[k].astype(mx.float32), np.float64) for m in (theirs, ours))
+                off += float(((v - w) ** 2).sum())
+                along += float((v * w).sum())
+                size += float((w**2).sum())
     return off / size, along / size
-
-
-def judge(model: Any, reference: list[np.ndarray], texts: list[np.ndarray]) -> dict[str, float]:
-    """Return mean KL with its standard error by window, top-1 agreement, and perplexity."""
-    divergences, losses, agreements = [], [], []
-    for wanted, ids in zip(reference, texts, strict=True):
-        logits = logits_of(model, ids)
-        divergences.append(float(kl_divergence(wanted, logits).mean()))
-        agreements.append(top1_agreement(wanted, logits))
-        rows = log_softmax(logits[:-1])
-        losses.append(float(-np.take_along_axis(rows, ids[1:, None], axis=-1).mean()))
-    return {
-        "kl": float(np.mean(divergences)),
-        "kl_error": float(np.std(divergences, ddof=1) / math.sqrt(len(divergences))),
-        "top1": float(np.mean(agreements)),
-        "perplexity": math.exp(float(np.mean(losses))),
-    }
 
 
 def main() -> None:
@@ -147,38 +107,53 @@ def main() -> None:
     parser.add_argument("--source", type=Path, default=tiny_glm_path())
     parser.add_argument("--text", type=Path, default=tiny_glm_path().with_name("held_out.txt"))
     parser.add_argument("--bits", type=int, default=2, help="of the routed experts")
-    parser.add_argument("--length", type=int, default=256)
-    parser.add_argument("--count", type=int, default=24)
+    parser.add_argument("--context", type=int, default=256)
+    parser.add_argument("--tokens", type=int, default=1 << 15)
+    parser.add_argument("--imatrix", help="made by `glm-quant calibrate` from other text")
+    parser.add_argument("--only", help="variants whose name has this, beside minmax")
     parser.add_argument("--json", type=Path, help="also write all figures there")
     options = parser.parse_args()
-    say: Callable[[str], None] = partial(print, flush=True)
-    texts = windows(options.source, options.text, options.length, options.count)
-    checkpoint = Checkpoint.open(options.source)
+    source = Checkpoint.open(options.source)
+    tokens = make_token_set(
+        source,
+        DivergenceSettings(
+            texts={"held_out": str(options.text)}, tokens=options.tokens, context=options.context
+        ),
+    )
     rows: dict[str, dict[str, float]] = {}
-    reference: list[np.ndarray] = []
     with tempfile.TemporaryDirectory() as scratch:
-        for number, (name, settings) in enumerate(VARIANTS.items()):
-            folder = Path(scratch) / str(number)
-            seconds = build(options.source, folder, options.bits, settings)
+        variants = VARIANTS | (CALIBRATED if options.imatrix else {})
+        wanted = [n for n in variants if n == "minmax" or (options.only or "") in n]
+        for number, name in enumerate(wanted):
+            folder, settings = Path(scratch) / str(number), variants[name]
+            imatrix = options.imatrix if name in CALIBRATED else None
+            seconds = build(options.source, folder, options.bits, settings, imatrix)
+            error, gain = experts_error(source, folder)
+            found = divergence(source, folder, tokens, Path(scratch) / "divergence").row()
             if number == 0:
-                whole = load_unquantized(options.source, folder)
-                reference = [logits_of(whole, ids) for ids in texts]
-                exact = judge(whole, reference, texts)
-                say(f"{sum(map(len, texts)):,} tokens, source {exact['perplexity']:.4f}")
-            model = dequantized(options.source, folder)
-            error, gain = experts_error(checkpoint, model)
-            rows[name] = judge(model, reference, texts) | {
+                print(f"{found.positions:,} positions, source {found.reference_perplexity.value}")
+            rows[name] = {
                 "expert_error": error,
                 "gain": gain,
+                "kl": found.mean_kl.value,
+                "kl_error": found.mean_kl.standard_error or 0.0,
+                "p99_kl": found.p99_kl,
+                "top1": found.top1_agreement.value,
+                "perplexity": found.build_perplexity.value,
+                "nll_difference": found.nll_difference.value,
+                "nll_difference_error": found.nll_difference.standard_error or 0.0,
                 "seconds": seconds,
                 "bytes": sum(path.stat().st_size for path in folder.glob("*.safetensors")),
             }
-            found, base = rows[name], rows["minmax"]
-            say(
-                f"{name:30} error {error:.4f} ({error / base['expert_error'] - 1:+.1%}) gain "
-                f"{gain:.3f} KL {found['kl']:.5f} ± {found['kl_error']:.5f} "
-                f"({found['kl'] / base['kl'] - 1:+.1%}) top-1 {found['top1']:.4f} "
-                f"perplexity {found['perplexity']:.4f} {found['bytes']:,} bytes {seconds:.1f} s"
+            row, base = rows[name], rows["minmax"]
+            print(
+                f"{name:22} error {error:.4f} ({error / base['expert_error'] - 1:+.1%}) gain "
+                f"{gain:.3f} KL {row['kl']:.5f} ± {row['kl_error']:.5f} "
+                f"({row['kl'] / base['kl'] - 1:+.1%}) 99 % {row['p99_kl']:.3f} top-1 "
+                f"{row['top1']:.4f} perplexity {row['perplexity']:.3f} loss over the source's "
+                f"{row['nll_difference']:.4f} ± {row['nll_difference_error']:.4f} "
+                f"{row['bytes']:,} bytes {seconds:.1f} s",
+                flush=True,
             )
     if options.json:
         options.json.write_text(json.dumps(rows, indent=1) + "\n")

@@ -1,0 +1,1 @@
+"""Calibration: what each weight's inputs look like, by a streamed pass of the source."""
