@@ -124,8 +124,7 @@ def calibrate(
     as_json: Json = False,
 ) -> None:
     """Stream texts through the source and note how loud each weight's inputs are."""
-    with _errors_in_one_screen(verbose), stopping_in_order(_err):
-        from flows.terminal import Terminal
+    with errors_in_one_screen(verbose), stopping_in_order(ERRORS):
         from glm_quant.calibration.calibrate import calibrate as stream
         from glm_quant.calibration.calibrate import calibration_tokens
         from glm_quant.checkpoint.reader import Checkpoint
@@ -134,7 +133,7 @@ def calibrate(
         checkpoint = Checkpoint.open(open_source(source))
         checkpoint.require_weights()
         batch = calibration_tokens(checkpoint, text, tokens, context)
-        with Terminal(_err, 1) as terminal:
+        with Terminal(ERRORS, 1) as terminal:
             terminal.begin("calibrate")
             record = stream(
                 checkpoint,
