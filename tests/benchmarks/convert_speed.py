@@ -25,6 +25,7 @@ import numpy as np
 from glm_quant.quantize.affine import quantize_affine
 from glm_quant.testbed import tiny_glm_path
 from glm_quant.testbed.synthetic import real_config, write_checkpoint
+from tests.benchmarks.measuring import measure
 
 OURS = "from flows.cli import main; main()"
 THEIRS = (
@@ -32,23 +33,6 @@ THEIRS = (
     "from mlx_lm.convert import convert; import sys; "
     "convert(sys.argv[1], sys.argv[2], quantize=True, q_bits=4, q_group_size=64)"
 )
-
-
-def measure(command: list[str]) -> tuple[float, int]:
-    """Return wall seconds and peak resident bytes of a command."""
-    begin = time.perf_counter()
-    with Path(os.devnull).open("w") as nowhere:
-        process = os.posix_spawn(
-            command[0],
-            command,
-            os.environ,
-            file_actions=[(os.POSIX_SPAWN_DUP2, nowhere.fileno(), 1)],
-        )
-        _, status, usage = os.wait4(process, 0)
-    if status:
-        raise SystemExit(f"{command[:3]} failed with status {status}")
-    unit = 1 if sys.platform == "darwin" else 1024
-    return time.perf_counter() - begin, usage.ru_maxrss * unit
 
 
 def make_source(folder: Path, layers: int, experts: int) -> int:

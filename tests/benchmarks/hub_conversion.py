@@ -11,12 +11,9 @@ import argparse
 import bisect
 import hashlib
 import json
-import os
 import shutil
-import sys
 import tempfile
 import threading
-import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -27,6 +24,7 @@ import numpy as np
 from glm_quant.checkpoint.index import INDEX_NAME
 from glm_quant.model.geometry import Geometry
 from glm_quant.testbed import synthetic, tiny_glm_path
+from tests.benchmarks.measuring import PROGRAM, measure
 from tests.hub_server import Content, HubServer
 
 COMPANIONS = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
@@ -124,6 +122,51 @@ class Watch(threading.Thread):
         self.join()
 
 
+def convert_virtual(
+    experts: int, window: int, recipe: str, shard_gib: float, work: Path | None
+) -> dict[str, Any]:
+    """Convert a checkpoint that stands nowhere.
+
+    Args:
+        experts: of its MoE layer.
+        window: source shards on disk at a time.
+        recipe: name or path.
+        shard_gib: largest payload of a source shard.
+        work: folder on the disk to use; default: the system's.
+
+    Returns:
+        What was measured.
+    """
+    folder = Path(tempfile.mkdtemp(prefix="hub-conversion-", dir=work))
+    files, size = virtual_checkpoint(experts, int(shard_gib * 2**30))
+    command = [PROGRAM, "convert", "--source", "hf://org/virtual", "--recipe", recipe]
+    command += ["--output", str(folder / "build"), "--window", str(window)]
+    try:
+        with HubServer() as hub:
+            hub.add_commit("org/virtual", files)
+            watch = Watch(folder / ".build.glm-quant" / "source")
+            watch.start()
+            seconds, peak = measure(command, {"HF_ENDPOINT": hub.url})
+            watch.stop()
+            whole = {r.file for r in hub.requests("^/cdn/") if r.range is None}
+        fetched = sum(files[name].size for name in whole)
+        made = sum(path.stat().st_size for path in (folder / "build").iterdir())
+        return {
+            "source_gb": round(size / 1e9, 3),
+            "source_shards": sum(name.endswith(".safetensors") for name in files),
+            "fetched_gb": round(fetched / 1e9, 3),
+            "output_gb": round(made / 1e9, 3),
+            "window": window,
+            "most_shards_on_disk": watch.most_shards,
+            "most_source_gb_on_disk": round(watch.most_bytes / 1e9, 3),
+            "wall_seconds": round(seconds, 1),
+            "fetched_mb_per_second": round(fetched / 1e6 / seconds, 1),
+            "peak_rss_gb": round(peak / 1e9, 3),
+        }
+    finally:
+        shutil.rmtree(folder)
+
+
 def main() -> None:
     """Measure and print one JSON value."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -133,41 +176,10 @@ def main() -> None:
     parser.add_argument("--shard-gib", type=float, default=5.0)
     parser.add_argument("--folder", type=Path, help="default: a new one under the system's")
     options = parser.parse_args()
-    folder = Path(tempfile.mkdtemp(prefix="hub-conversion-", dir=options.folder))
-    files, size = virtual_checkpoint(options.experts, int(options.shard_gib * 2**30))
-    program = str(Path(sys.executable).with_name("glm-quant"))
-    command = [program, "convert", "--source", "hf://org/virtual", "--recipe", options.recipe]
-    command += ["--output", str(folder / "build"), "--window", str(options.window)]
-    try:
-        with HubServer() as hub:
-            hub.add_commit("org/virtual", files)
-            watch = Watch(folder / ".build.glm-quant" / "source")
-            watch.start()
-            begin = time.perf_counter()
-            process = os.posix_spawn(program, command, {**os.environ, "HF_ENDPOINT": hub.url})
-            _, status, usage = os.wait4(process, 0)
-            seconds = time.perf_counter() - begin
-            watch.stop()
-            whole = {r.file for r in hub.requests("^/cdn/") if r.range is None}
-        if status:
-            raise SystemExit(f"the conversion failed with status {status}")
-        fetched = sum(files[name].size for name in whole)
-        made = sum(path.stat().st_size for path in (folder / "build").iterdir())
-        report = {
-            "source_gb": round(size / 1e9, 3),
-            "source_shards": sum(name.endswith(".safetensors") for name in files),
-            "fetched_gb": round(fetched / 1e9, 3),
-            "output_gb": round(made / 1e9, 3),
-            "window": options.window,
-            "most_shards_on_disk": watch.most_shards,
-            "most_source_gb_on_disk": round(watch.most_bytes / 1e9, 3),
-            "wall_seconds": round(seconds, 1),
-            "fetched_mb_per_second": round(fetched / 1e6 / seconds, 1),
-            "peak_rss_gb": round(usage.ru_maxrss * 1024 / 1e9, 3),
-        }
-        print(json.dumps(report, indent=2))
-    finally:
-        shutil.rmtree(folder)
+    report = convert_virtual(
+        options.experts, options.window, options.recipe, options.shard_gib, options.folder
+    )
+    print(json.dumps(report, indent=2))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""A TCP proxy that spoils what a real server sends: cuts, resets, stalls, flipped bits."""
+"""A TCP proxy that spoils what a real server sends: cuts, resets, stalls, flips, or answers."""
 
 import socket
 import struct
@@ -11,10 +11,11 @@ from typing import Literal
 class Spoil:
     """One thing to do when a connection has passed on `after` bytes since this was ordered."""
 
-    kind: Literal["drop", "reset", "stall", "corrupt"]
-    after: int
+    kind: Literal["drop", "reset", "stall", "corrupt", "answer"]
+    after: int = 0
     times: int = 1
     seconds: float = 30.0
+    answer: bytes = b""  # sent in the place of the server's, for "answer"
 
 
 class Proxy:
@@ -40,6 +41,12 @@ class Proxy:
         """Do these, one after the other."""
         with self._lock:
             self._orders = list(spoils)
+
+    @property
+    def is_done(self) -> bool:
+        """Whether everything that was ordered has been done."""
+        with self._lock:
+            return not self._orders
 
     def _accept(self) -> None:
         while not self._closing.is_set():
@@ -95,7 +102,7 @@ class Proxy:
             flipped = bytearray(data)
             flipped[place] ^= 0x10
             return bytes(flipped)
-        client.sendall(data[:place])
+        client.sendall(spoil.answer if spoil.kind == "answer" else data[:place])
         if spoil.kind == "stall":
             self._closing.wait(spoil.seconds)
         if spoil.kind == "reset":

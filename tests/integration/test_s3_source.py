@@ -63,12 +63,37 @@ def test_files_carry_what_the_objects_promise(proxy: Proxy, bucket: str) -> None
     assert plain.uri == "s3://models/plain"
 
 
+def answer(status: str, body: bytes, **headers: object) -> Spoil:
+    """One answer that is not the server's own."""
+    head = {"Content-Length": len(body), **{k.replace("_", "-"): v for k, v in headers.items()}}
+    lines = [f"HTTP/1.1 {status}", *(f"{key}: {value}" for key, value in head.items()), "", ""]
+    return Spoil("answer", answer="\r\n".join(lines).encode() + body)
+
+
+def refusal(status: str, code: str, **headers: object) -> Spoil:
+    """An error as S3 words it."""
+    body = f"<Error><Code>{code}</Code><Message>on order</Message></Error>".encode()
+    return answer(status, body, Content_Type="application/xml", **headers)
+
+
+WHOLE = f"bytes 0-{SIZE - 1}/{SIZE}"
+
 SPOILS: dict[str, list[Spoil]] = {
     "nothing": [],
     "dropped": [Spoil("drop", 1_000_000, times=3)],
     "reset": [Spoil("reset", 700_000, times=3)],
     "stalled": [Spoil("stall", 1_500_000)],
     "corrupt": [Spoil("corrupt", 2_000_000)],
+    "503 SlowDown": [refusal("503 Slow Down", "SlowDown")] * 3,
+    "500": [refusal("500 Internal Server Error", "InternalError")],
+    "429 and Retry-After": [refusal("429 Too Many Requests", "Throttling", Retry_After=1)],
+    "400 RequestTimeout": [refusal("400 Bad Request", "RequestTimeout")],
+    "short": [answer("206 Partial Content", DATA[:-9], Content_Range=WHOLE)],
+    "long": [answer("206 Partial Content", DATA + b"x" * 9, Content_Range=WHOLE)],
+    "another range": [
+        answer("206 Partial Content", DATA[9:], Content_Range="bytes 9-2999999/3000000")
+    ],
+    "ignored range": [Spoil("drop", 1_000_000), answer("200 OK", DATA)],
     "everything": [Spoil("reset", 1), Spoil("corrupt", 500_000), Spoil("drop", 1_000_000)],
 }
 
@@ -80,9 +105,23 @@ def test_every_fault_ends_in_the_right_bytes(
     """Where there is a promise, a flipped bit is caught too."""
     source = open_s3(proxy, bucket, "told", tmp_path)
     proxy.order(*SPOILS[name])
+    begin = time.monotonic()
     assert source.acquire(SHARD).read_bytes() == DATA
+    assert proxy.is_done, "not everything that was ordered came to pass"
+    if name.startswith("429"):
+        assert time.monotonic() - begin >= 1, "it did not wait as long as it was asked to"
     source.release(SHARD)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_keys_that_expire_halfway(proxy: Proxy, bucket: str, tmp_path: Path) -> None:
+    """403 ends the run with the way out; what was fetched stays, and new keys go on from there."""
+    proxy.order(Spoil("drop", 2_000_000), refusal("403 Forbidden", "ExpiredToken"))
+    with pytest.raises(SourceError, match=r"403 ExpiredToken\. Check the credentials"):
+        open_s3(proxy, bucket, "told", tmp_path).acquire(SHARD)
+    (part,) = tmp_path.glob("*.part")
+    assert part.stat().st_size > 1_000_000
+    assert open_s3(proxy, bucket, "told", tmp_path).acquire(SHARD).read_bytes() == DATA
 
 
 @pytest.mark.parametrize("prefix", ["told", "plain"])
