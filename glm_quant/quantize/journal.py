@@ -1,11 +1,13 @@
 """The journal of a conversion: which jobs' bytes are durable in the partial outputs.
 
 One JSON line a job, appended only after the bytes it speaks of were fsynced. A torn last line, the
-trace of a crash, is cut off; a journal of another plan is not used. Each piece carries a CRC-32 so
-that a byte that changes between writing and finishing is noticed.
+trace of a crash, is cut off, and so is all that follows a damaged one; a journal of another plan is
+not used. Each piece carries a CRC-32 so that a byte that changes between writing and finishing is
+noticed, and so does each line.
 """
 
 import json
+import zlib
 from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
@@ -98,14 +100,23 @@ class Journal:
 
 def _line(entry: Entry) -> str:
     pieces = [list(vars(piece).values()) for piece in entry.pieces]
-    return json.dumps([entry.job, entry.source_sha256, pieces]) + "\n"
+    values = [entry.job, entry.source_sha256, pieces]
+    return json.dumps([*values, _seal(values)]) + "\n"
+
+
+def _seal(values: list[Any]) -> int:
+    """Return what tells a flipped bit that leaves good JSON, as in a digest."""
+    return zlib.crc32(json.dumps(values).encode())
 
 
 def _parse(line: bytes) -> Entry | None:
     if not line.endswith(b"\n"):
         return None  # torn, even if by chance it is whole JSON: the next line would join it
     try:
-        job, sha256, pieces = cast("list[Any]", json.loads(line))
+        *values, seal = cast("list[Any]", json.loads(line))
+        if seal != _seal(values):
+            return None
+        job, sha256, pieces = values
         return Entry(job, sha256, tuple(Piece(*piece) for piece in pieces))
     except (ValueError, TypeError):
         return None

@@ -175,7 +175,7 @@ def test_flipped_bit_in_a_partial(halfway: Made, expected: dict[str, str]) -> No
 
 
 def test_flipped_bit_in_the_journal(halfway: Made, expected: dict[str, str]) -> None:
-    """A job whose key changed in the journal costs one failed run, not every run."""
+    """A job whose key changed in the journal is done again, and nothing fails."""
     lines = journal_of(halfway).read_text().splitlines(keepends=True)
     at = next(
         i for i, line in enumerate(lines[1:], 1) if json.loads(line)[2][0][1] == begun(halfway)
@@ -183,8 +183,6 @@ def test_flipped_bit_in_the_journal(halfway: Made, expected: dict[str, str]) -> 
     lines[at] = lines[at].replace("model.layers", "modem.layers", 1)
     assert "modem" in lines[at]
     journal_of(halfway).write_text("".join(lines))
-    with pytest.raises(IntegrityError, match=r"changed on disk .*run again"):
-        halfway.complete_all()
     halfway.complete_all()
     assert contents(halfway.output) == expected
 
