@@ -149,6 +149,12 @@ def demo_recipe() -> Recipe:
     return load_recipe("demo").model_copy(update={"shard_bytes": 300_000})
 
 
+def with_quantizer(recipe: Recipe, quantizer: str) -> Recipe:
+    """Return a recipe whose affine rules all use one quantizer."""
+    rules = tuple(rule.model_copy(update={"quantizer": None}) for rule in recipe.rules)
+    return recipe.model_copy(update={"quantizer": quantizer, "rules": rules})
+
+
 @pytest.fixture(scope="session")
 def prepare() -> Callable[..., Made]:
     """Give a function that plans a conversion and does nothing yet."""

@@ -27,7 +27,7 @@ from glm_quant.recipe import Recipe, load_recipe, parse_recipe
 from glm_quant.testbed import tiny_glm_path
 from glm_quant.testbed.synthetic import small_config, write_checkpoint
 
-from ..conftest import Made
+from ..conftest import Made, with_quantizer
 
 MIXED = """\
 name: mixed
@@ -77,7 +77,9 @@ PINNED_SHA256 = "088f0dd850df4ef146539cea103cbad3d5ed6e8674ff8841a687f6a042b2f06
 
 
 def shipped(name: str) -> Recipe:
-    return load_recipe(name).model_copy(update={"shard_bytes": 400_000})
+    """A recipe that ships, with mlx-lm's own quantizer."""
+    recipe = load_recipe(name).model_copy(update={"shard_bytes": 400_000})
+    return with_quantizer(recipe, "minmax")
 
 
 @pytest.fixture(scope="module")
@@ -208,7 +210,7 @@ def test_bytes_do_not_depend_on_how(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Number of workers, size of blocks and order of jobs leave every shard's sha256 the same."""
-    demo_recipe = demo_recipe.model_copy(update={"quantizer": quantizer})
+    demo_recipe = with_quantizer(demo_recipe, quantizer)
     expected = digests(prepare(small, tmp_path / "plain", demo_recipe, 1))
     monkeypatch.setattr(convert, "make_jobs", jobs)
     assert digests(prepare(small, tmp_path / "other", demo_recipe, workers)) == expected
@@ -219,7 +221,7 @@ def test_pinned_bytes(tmp_path: Path, demo_recipe: Recipe, prepare: Callable[...
     source = tmp_path / "source"
     write_checkpoint(source, small_config(layers=2, experts=3), shard_bytes=100_000)
     write_hashed_values(source)
-    made = digests(prepare(source, tmp_path / "work", demo_recipe))
+    made = digests(prepare(source, tmp_path / "work", with_quantizer(demo_recipe, "minmax")))
     together = hashlib.sha256("".join(made.values()).encode()).hexdigest()
     assert (encode.VERSION, together) == (PINNED_VERSION, PINNED_SHA256), (
         "output bytes changed: raise encode.VERSION and pin both"

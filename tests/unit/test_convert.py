@@ -11,7 +11,7 @@ from glm_quant.errors import DiskSpaceError, InputError, IntegrityError, Missing
 from glm_quant.quantize.convert import ShardRecord
 from glm_quant.recipe import Recipe, load_recipe
 
-from ..conftest import Made
+from ..conftest import Made, with_quantizer
 
 Prepare = Callable[..., Made]
 
@@ -65,7 +65,8 @@ def test_another_quantizer_remakes_what_it_is_for(
     small: Path, tmp_path: Path, prepare: Prepare
 ) -> None:
     """A quantizer named in one rule changes the shards with that rule's weights, and no others."""
-    recipe = load_recipe("demo").model_copy(update={"shard_bytes": 100_000})
+    recipe = with_quantizer(load_recipe("demo"), "minmax")
+    recipe = recipe.model_copy(update={"shard_bytes": 100_000})
     rules = tuple(
         rule.model_copy(update={"quantizer": "search"}) if rule.group == "routed_experts" else rule
         for rule in recipe.rules
