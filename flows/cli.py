@@ -35,6 +35,10 @@ Source = Annotated[
 Window = Annotated[
     int, typer.Option(min=1, help="Fetched source shards that may be on disk at a time.")
 ]
+Reuse = Annotated[
+    list[str] | None,
+    typer.Option(help="Workspace or output of another build to copy from; may be given again."),
+]
 RecipeOption = Annotated[str, typer.Option(help="Path of a .yaml file, or a name in recipes/.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
 Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Show logs and tracebacks.")]
@@ -67,6 +71,7 @@ def run(
         list[str] | None, typer.Option(help="Where to publish; may be given again.")
     ] = None,
     window: Window = DEFAULT_WINDOW,
+    reuse: Reuse = None,
     verbose: Verbose = False,
     as_json: Json = False,
 ) -> None:
@@ -76,6 +81,7 @@ def run(
         source=source,
         workspace=str(workspace),
         window=window,
+        reuse=tuple(reuse or ()),
         targets=tuple(publish or ()),
     )
     _release(spec, verbose, as_json)
@@ -88,6 +94,7 @@ def convert(
     output: Annotated[Path, typer.Option(help="Folder to make.")],
     workers: Annotated[int | None, typer.Option(help="Threads; default: one a core.")] = None,
     window: Window = DEFAULT_WINDOW,
+    reuse: Reuse = None,
     verbose: Verbose = False,
     as_json: Json = False,
 ) -> None:
@@ -101,7 +108,7 @@ def convert(
         )
 
         opened = open_source(source, workspace_beside(output), window)
-        conversion = open_conversion(opened, recipe, output, workers)
+        conversion = open_conversion(opened, recipe, output, workers, reuse or ())
         with Terminal(ERRORS, len(conversion.shards)) as terminal:
             summary = convert_to_folder(conversion, terminal)
         if as_json:

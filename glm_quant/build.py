@@ -4,6 +4,7 @@
 headers (about a second for GLM-5.2), so a process keeps the last one.
 """
 
+import logging
 from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,7 +19,9 @@ from glm_quant.hub.target import Target
 from glm_quant.quantize.convert import Conversion
 from glm_quant.quantize.plan import make_plan
 from glm_quant.recipe import load_recipe
-from glm_quant.workspace import Workspace
+from glm_quant.workspace import Workspace, existing_workspace
+
+_log = logging.getLogger(__name__)
 
 DEFAULT_RESTARTS = 3
 
@@ -38,6 +41,9 @@ class BuildSpec(BaseModel):
     )
     window: int = Field(
         default=DEFAULT_WINDOW, ge=1, description="fetched source shards on disk at a time"
+    )
+    reuse: tuple[str, ...] = Field(
+        default=(), description="workspaces of other builds whose finished tensors may be copied"
     )
     targets: tuple[str, ...] = Field(
         default=(), description="where to publish, besides the recipe's own targets"
@@ -72,7 +78,15 @@ class Build:
         self.workspace = workspace_of(spec)
         self.checkpoint = Checkpoint(open_source(source, self.workspace, spec.window))
         self.plan = make_plan(self.checkpoint, self.recipe)
-        self.conversion = Conversion(self.checkpoint, self.recipe, self.plan, self.workspace)
+        for warning in self.plan.warnings:
+            _log.warning("%s", warning)
+        self.conversion = Conversion(
+            self.checkpoint,
+            self.plan,
+            self.workspace,
+            reuse=[existing_workspace(folder) for folder in spec.reuse],
+            ahead=True,
+        )
         self.targets = tuple(dict.fromkeys((*self.recipe.publish.targets, *spec.targets)))
 
     def open_target(self, uri: str, build_id: str, patience: Patience | None = None) -> Target:
@@ -96,9 +110,16 @@ def open_build(spec: BuildSpec, afresh: bool = False) -> Build:
     """
     key = spec.model_dump_json()
     if afresh or key not in _opened:
+        _stop_working()
         _opened.clear()
         _opened[key] = Build(spec)
     return _opened[key]
+
+
+def _stop_working() -> None:
+    """End whatever works ahead in this process; what was encoded is kept."""
+    for build in _opened.values():
+        build.conversion.close()
 
 
 def shards_of(spec: BuildSpec) -> range:
@@ -128,7 +149,10 @@ def claimed(spec: BuildSpec) -> Generator[None]:
     workspace = workspace_of(spec)
     workspace.create()
     with workspace.locked():
-        yield
+        try:
+            yield
+        finally:
+            _stop_working()
         workspace.pin.unlink(missing_ok=True)
 
 

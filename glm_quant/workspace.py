@@ -5,6 +5,7 @@ WORKSPACE/
 ├── source/       the few source shards that were fetched and are not used up yet
 ├── scratch/      what a stage fetched for a while; may be deleted at any time
 ├── partial/      output shards being filled, with their journals
+├── previous/     finished shards of an earlier plan, while tensors are copied from them
 ├── records/      what each stage saw, made and measured
 ├── divergence/   final hidden states of the source, and each position's numbers
 ├── results/      Prefect's cached task results
@@ -19,19 +20,42 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from glm_quant.errors import BusyError, OutputError
+from glm_quant.errors import BusyError, InputError, OutputError
 
 _OURS = {
     "checkpoint",
     "source",
     "scratch",
     "partial",
+    "previous",
     "records",
     "divergence",
     "results",
     "published",
     ".lock",
 }
+
+
+def workspace_beside(output: Path) -> "Workspace":
+    """Return the workspace of a conversion into a folder."""
+    output = output.expanduser().absolute()
+    return Workspace(output.with_name(f".{output.name}.glm-quant"), output)
+
+
+def existing_workspace(folder: str) -> "Workspace":
+    """Return the workspace that a folder is, or that a conversion into the folder had.
+
+    Raises:
+        InputError: it is neither.
+    """
+    path = Path(folder).expanduser().absolute()
+    for workspace in (Workspace(path), workspace_beside(path)):
+        if workspace.shard_records.is_dir():
+            return workspace
+    raise InputError(
+        f"{folder}: nothing was converted here or into it. Give the --workspace of a run or the "
+        "--output of a conversion."
+    )
 
 
 @dataclass(frozen=True)
@@ -70,6 +94,16 @@ class Workspace:
     def divergence(self) -> Path:
         """The source's final hidden states and what builds were found to be beside it."""
         return self.root / "divergence"
+
+    @property
+    def previous(self) -> Path:
+        """Finished shards of an earlier plan, with their records, while they are of use."""
+        return self.root / "previous"
+
+    @property
+    def shard_records(self) -> Path:
+        """One JSON file an output shard."""
+        return self.records / "shards"
 
     @property
     def records(self) -> Path:

@@ -39,6 +39,7 @@ class MemorySource:
 
     contents: Mapping[str, bytes]
     uri: str = field(default="memory")
+    places: int | None = field(default=None)
 
     def files(self) -> Mapping[str, SourceFile]:
         return {
@@ -163,7 +164,7 @@ def prepare() -> Callable[..., Made]:
         checkpoint = Checkpoint.open(source)
         plan = make_plan(checkpoint, recipe)
         workspace = Workspace(folder)
-        conversion = Conversion(checkpoint, recipe, plan, workspace, workers)
+        conversion = Conversion(checkpoint, plan, workspace, workers)
         return Made(workspace, conversion, checkpoint, recipe)
 
     return make

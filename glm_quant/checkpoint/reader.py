@@ -13,7 +13,9 @@ from typing import Any, Self, cast
 
 import mlx.core as mx
 import numpy as np
+from numpy.typing import NDArray
 
+from glm_quant.checkpoint.fp8 import FP8_DTYPE, dequantize, scale_name
 from glm_quant.checkpoint.header import (
     ITEM_SIZE,
     TensorInfo,
@@ -113,13 +115,24 @@ class Checkpoint:
         return found
 
     def read(self, name: str) -> mx.array:
-        """Return a whole tensor in its stored dtype and shape."""
+        """Return a whole tensor in its stored dtype and shape; an FP8 weight as bfloat16."""
         return self.read_at(self.tensors[name])
 
     def read_at(self, info: TensorInfo) -> mx.array:
         """Return a tensor, or some rows of one (`TensorInfo.rows`)."""
         data = self.source.read(info.shard, info.begin, info.end)
+        if info.dtype == FP8_DTYPE:
+            codes = np.frombuffer(data, np.uint8).reshape(info.shape)
+            first_row = (info.begin - self.tensors[info.name].begin) // info.shape[-1]
+            bits = dequantize(codes, self._read_scales(info.name), first_row)
+            return as_array(bits.data, "BF16", info.shape)
         return as_array(memoryview(data), info.dtype, info.shape)
+
+    def _read_scales(self, weight: str) -> NDArray[np.float32]:
+        """Return the scales of an FP8 weight."""
+        info = self.tensors[scale_name(weight)]
+        data = self.source.read(info.shard, info.begin, info.end)
+        return np.frombuffer(data, np.float32).reshape(info.shape)
 
     def _read_config(self) -> dict[str, Any]:
         if "config.json" not in self.files:

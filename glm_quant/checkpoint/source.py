@@ -31,6 +31,11 @@ class Source(Protocol):
         """Where it is, with the pinned revision if there is one."""
         ...
 
+    @property
+    def places(self) -> int | None:
+        """How many files may be acquired and not released at a time; None for any number."""
+        ...
+
     def files(self) -> Mapping[str, SourceFile]:
         """All files by name."""
         ...
@@ -42,7 +47,8 @@ class Source(Protocol):
     def expect(self, names: Sequence[str]) -> None:
         """Say which files will be acquired, in this order, so that they can be fetched ahead.
 
-        It replaces what was said before. No names at all: fetch nothing more.
+        It replaces what was said before. No names at all: fetch nothing more, and let nobody wait
+        in `acquire`, which may be in another thread.
         """
         ...
 
@@ -75,6 +81,11 @@ class FolderSource:
     def uri(self) -> str:
         """The folder's path."""
         return str(self._folder)
+
+    @property
+    def places(self) -> int | None:
+        """Any number."""
+        return None
 
     def files(self) -> Mapping[str, SourceFile]:
         """All plain files of the folder by name (subfolders are not part of a checkpoint)."""

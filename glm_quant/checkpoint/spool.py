@@ -33,6 +33,11 @@ class SpooledSource:
         """The source's own."""
         return self._source.uri
 
+    @property
+    def places(self) -> int | None:
+        """The source's own."""
+        return self._source.places
+
     def files(self) -> Mapping[str, SourceFile]:
         """Return the source's own."""
         return self._source.files()

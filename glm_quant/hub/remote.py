@@ -82,6 +82,11 @@ class RemoteSource:
         """Where it is, with the pinned version."""
         return self._place.uri
 
+    @property
+    def places(self) -> int | None:
+        """How many shards may be acquired at a time."""
+        return None if self._window is None else self._window.limit
+
     def files(self) -> Mapping[str, SourceFile]:
         """All files by name."""
         return self._place.files

@@ -59,15 +59,25 @@ class Window:
         self._ready: dict[str, Path] = {}
         self._held: dict[str, Path] = {}
         self._failed: dict[str, BaseException] = {}
+        self._stops = 0
         # Stopped, and to be deleted as soon as their threads have let go of them.
         self._unwanted: set[str] = set()
+
+    @property
+    def limit(self) -> int:
+        """How many files may be on disk at a time."""
+        return self._limit
 
     def expect(self, names: Sequence[str]) -> None:
         """Fetch these in this order; whatever else is in the folder is deleted.
 
-        No names at all: stop fetching and leave everything as it is, for the next time.
+        No names at all: stop fetching and leave everything as it is, for the next time; whoever
+        waits in `acquire` is told.
         """
         with self._changed:
+            if not names:
+                self._stops += 1
+                self._changed.notify_all()
             for name, stop in self._running.items():
                 if name not in names:
                     stop.set()
@@ -90,8 +100,10 @@ class Window:
             SourceError: it cannot be had.
             DiskSpaceError: there is no room for it.
             RunError: the whole window is held by files that were not released.
+            StoppedError: another thread stopped the fetching.
         """
         with self._changed:
+            stops = self._stops
             # It failed while it was fetched ahead, perhaps long ago: network and disk may be better
             # now, and only a failure from here on counts.
             self._failed.pop(name, None)
@@ -103,6 +115,8 @@ class Window:
                     return self._held[name]
                 if name in self._failed:
                     raise self._failed.pop(name)
+                if self._stops != stops:
+                    raise StoppedError
                 self._make_place(name)
                 self._pump()
                 self._changed.wait()

@@ -19,6 +19,7 @@ from typing import Literal, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from glm_quant.checkpoint.fp8 import FP8_DTYPE, check_scales, scaled_weight
 from glm_quant.checkpoint.header import TensorInfo, shorten
 from glm_quant.errors import CheckpointError, MissingTensorError, ShapeError
 from glm_quant.model.geometry import Geometry, Shape
@@ -60,7 +61,8 @@ class OutputWeight:
     Attributes:
         name: parameter name, such as `model.layers.3.mlp.switch_mlp.gate_proj.weight`.
         shape: unquantized shape.
-        source_dtype: dtype in the source, as safetensors spells it.
+        source_dtype: dtype in the source, as safetensors spells it; BF16 for FP8 weights, which
+            are read as such.
         parts: in row order; together they fill every row once.
     """
 
@@ -113,7 +115,7 @@ def check_names(geometry: Geometry, weight_map: Mapping[str, str]) -> None:
                 "again."
             )
     for name in weight_map:
-        if name not in expected and (
+        if (scaled_weight(name) or name) not in expected and (
             component_group(name, geometry.num_hidden_layers) != "mtp"
             or geometry.num_nextn_predict_layers == 0
         ):
@@ -137,12 +139,14 @@ def check_shapes(geometry: Geometry, tensors: Mapping[str, TensorInfo]) -> None:
                 f"{info.shard}: tensor {name} has shape {list(info.shape)}, config.json implies "
                 f"{list(shape)}. Config and weights are of different models; fetch both again."
             )
-        allowed = ("F32",) if kind == "F32" else ("BF16", "F16", "F32")
+        allowed = ("F32",) if kind == "F32" else ("BF16", "F16", "F32", FP8_DTYPE)
         if info.dtype not in allowed:
             raise ShapeError(
                 f"{info.shard}: tensor {name} has dtype {info.dtype}, {' or '.join(allowed)} is "
                 "needed. Use the BF16 release as the source."
             )
+        if info.dtype == FP8_DTYPE:
+            check_scales(info, tensors)
 
 
 def output_weights(
@@ -158,6 +162,7 @@ def output_weights(
     outputs: dict[str, OutputWeight] = {}
     for name, shape, kind in geometry.tensors():
         dtype = tensors[name].dtype if tensors else ("F32" if kind == "F32" else "BF16")
+        dtype = "BF16" if dtype == FP8_DTYPE else dtype
         for output_name, output_shape, part in _destinations(name, shape, geometry):
             group = component_group(output_name, geometry.num_hidden_layers)
             if group is None:  # pragma: no cover - geometry yields GLM names only

@@ -86,11 +86,23 @@ def largest_magnitude(bits: Bits) -> int:
     return int(_largest(bits.reshape(-1), bits.dtype.type(sign)))
 
 
+_LANES = 64
+# Running ends of a group, for the same reason; divides every group size.
+_ENDS = 16
+
+
 @compiled
 def _largest(bits: Any, no_sign: Any) -> Any:  # pragma: no cover - compiled
-    most = no_sign & 0
-    for value in bits:
-        most = max(most, value & no_sign)
+    # One running maximum for each lane: a single one of 16 bits is not vectorized.
+    lanes = np.zeros(_LANES, bits.dtype)
+    whole = bits.size // _LANES * _LANES
+    for first in range(0, whole, _LANES):
+        for i in range(_LANES):
+            value = bits[first + i] & no_sign
+            lanes[i] = value if value > lanes[i] else lanes[i]
+    most = lanes.max()
+    for i in range(whole, bits.size):
+        most = max(most, bits[i] & no_sign)
     return most
 
 
@@ -132,14 +144,22 @@ def _loop(bits: int, shift: int) -> Any:
         group = np.empty(group_size, np.float32)
         pattern = group.view(np.uint32)
         codes = np.empty(group_size, np.uint32)
+        lows, highs = np.empty(_ENDS, np.float32), np.empty(_ENDS, np.float32)
         for g in range(scales.size):
             first = g * group_size
             for j in range(group_size):
                 pattern[j] = np.uint32(source[first + j]) << np.uint32(shift)
-            low = high = group[0]
-            for j in range(group_size):
-                low = min(low, group[j])
-                high = max(high, group[j])
+            for i in range(_ENDS):
+                lows[i] = highs[i] = group[i]
+            for k in range(_ENDS, group_size, _ENDS):
+                for i in range(_ENDS):
+                    value = group[k + i]
+                    lows[i] = value if value < lows[i] else lows[i]
+                    highs[i] = value if value > highs[i] else highs[i]
+            low, high = lows[0], highs[0]
+            for i in range(1, _ENDS):
+                low = lows[i] if lows[i] < low else low
+                high = highs[i] if highs[i] > high else high
             from_low = abs(low) > abs(high)
             scale = max((high - low) / n, eps)
             if not from_low:

@@ -4,6 +4,8 @@ Records and partial shards stand beside the output, in `.NAME.glm-quant/`, so th
 nothing but the build and the same command again finds what is done.
 """
 
+import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,7 +19,11 @@ from glm_quant.quantize.assemble import assemble
 from glm_quant.quantize.convert import Conversion, Watcher
 from glm_quant.quantize.plan import PlannedShard, make_plan
 from glm_quant.recipe import Recipe, load_recipe
-from glm_quant.workspace import Workspace
+from glm_quant.workspace import Workspace, existing_workspace, workspace_beside
+
+__all__ = ["ConvertSummary", "convert_to_folder", "open_conversion", "workspace_beside"]
+
+_log = logging.getLogger(__name__)
 
 
 class ConvertSummary(BaseModel):
@@ -55,14 +61,12 @@ class OpenConversion:
         return self.conversion.plan.shards
 
 
-def workspace_beside(output: Path) -> Workspace:
-    """Return the workspace of a conversion into a folder."""
-    output = output.expanduser().absolute()
-    return Workspace(output.with_name(f".{output.name}.glm-quant"), output)
-
-
 def open_conversion(
-    source: str | Path | Source, recipe: str, output: Path, workers: int | None = None
+    source: str | Path | Source,
+    recipe: str,
+    output: Path,
+    workers: int | None = None,
+    reuse: Sequence[str] = (),
 ) -> OpenConversion:
     """Check source, recipe and output folder, and plan.
 
@@ -71,6 +75,7 @@ def open_conversion(
         recipe: path of a .yaml file, or a name in recipes/.
         output: folder to make.
         workers: threads; default: one a core.
+        reuse: workspaces or outputs of other conversions, whose tensors may be copied.
 
     Raises:
         InputError: one of them is not what it should be.
@@ -81,7 +86,10 @@ def open_conversion(
     plan = make_plan(checkpoint, loaded)
     checkpoint.require_weights()
     _check_output(workspace, {shard.name for shard in plan.shards})
-    conversion = Conversion(checkpoint, loaded, plan, workspace, workers)
+    for warning in plan.warnings:
+        _log.warning("%s", warning)
+    others = [existing_workspace(folder) for folder in reuse]
+    conversion = Conversion(checkpoint, plan, workspace, workers, others)
     return OpenConversion(loaded, checkpoint, conversion, workspace, workspace.checkpoint)
 
 
@@ -94,11 +102,10 @@ def convert_to_folder(opened: OpenConversion, watcher: Watcher) -> ConvertSummar
     opened.workspace.create()
     with opened.workspace.locked():
         opened.conversion.check_space()
-        for shard in range(len(opened.shards)):
-            watcher.begin("quantize")
-            opened.conversion.complete(
-                shard, lambda done, total: watcher.move("quantize", done, total)
-            )
+        with opened.conversion as working:
+            for shard in range(len(opened.shards)):
+                watcher.begin("quantize")
+                working.complete(shard, lambda done, total: watcher.move("quantize", done, total))
         watcher.begin("assemble")
         manifest = assemble(opened.conversion, opened.checkpoint, opened.recipe, opened.output)
         opened.conversion.clean()

@@ -6,12 +6,13 @@ machine. mx.quantize returns plausible numbers for NaN input, so every value is 
 """
 
 import threading
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 import numpy as np
 from numpy.typing import NDArray
 
+from glm_quant.checkpoint.fp8 import dequantize
 from glm_quant.checkpoint.reader import as_array
 from glm_quant.errors import WeightError
 from glm_quant.quantize.affine import (
@@ -42,7 +43,15 @@ class Rows(NamedTuple):
     dtype: str
 
 
-def load_rows(data: NDArray[np.uint8], dtype: str, width: int, where: str) -> Rows:
+def load_rows(
+    data: NDArray[np.uint8],
+    dtype: str,
+    width: int,
+    where: str,
+    *,
+    scales: NDArray[np.float32] | None = None,
+    first_row: int = 0,
+) -> Rows:
     """Return stored bytes as rows, after looking at every value.
 
     Args:
@@ -50,10 +59,15 @@ def load_rows(data: NDArray[np.uint8], dtype: str, width: int, where: str) -> Ro
         dtype: their safetensors dtype.
         width: the last dim.
         where: "shard: tensor name", for the message.
+        scales: of the whole weight, where it is FP8.
+        first_row: where in the weight the rows begin.
 
     Raises:
         WeightError: a value is NaN or Inf.
     """
+    if scales is not None:
+        data = dequantize(data.reshape(-1, width), scales, first_row).reshape(-1).view(np.uint8)
+        dtype = "BF16"
     bits: Bits = data.view(np.uint32 if dtype == "F32" else np.uint16)
     if bits.size and largest_magnitude(bits) >= _INFINITY[dtype]:
         finite = np.isfinite(to_float32(bits, dtype))
@@ -69,8 +83,10 @@ def load_rows(data: NDArray[np.uint8], dtype: str, width: int, where: str) -> Ro
 
 def encode(
     rows: Rows, scheme: Scheme, where: str, energy: NDArray[np.float32] | None = None
-) -> list[NDArray[np.uint8]]:
-    """Return the bytes of a weight's stored tensors, in the order of `scheme.layouts`.
+) -> list[NDArray[Any]]:
+    """Return a weight's stored tensors, [rows, ...] each, in the order of `scheme.layouts`.
+
+    Floating dtypes come as their bits.
 
     Args:
         rows: in the source's dtype.
@@ -82,8 +98,8 @@ def encode(
         WeightError: a value does not fit the target dtype.
     """
     if not isinstance(scheme, Quantized):
-        arrays = [_cast(rows, scheme.dtype, where)]
-    elif scheme.mode == "affine":
+        return [_cast(rows, scheme.dtype, where)]
+    if scheme.mode == "affine":
         if scheme.quantizer == "search":
             made = quantize_search(*rows, scheme.bits, scheme.group_size, energy)
         else:
@@ -96,10 +112,8 @@ def encode(
                 "span more than their dtype holds. Fetch the shard again, or give this weight a "
                 "`dtype` in the recipe."
             )
-        arrays = [codes, scales, biases]
-    else:
-        arrays = _quantize_with_mlx(rows, scheme)
-    return [array.reshape(-1).view(np.uint8) for array in arrays]
+        return [codes, scales, biases]
+    return _quantize_with_mlx(rows, scheme)
 
 
 def _cast(rows: Rows, dtype: str, where: str) -> Bits:
@@ -116,7 +130,7 @@ def _cast(rows: Rows, dtype: str, where: str) -> Bits:
     return from_float32(values, dtype)
 
 
-def _quantize_with_mlx(rows: Rows, scheme: Quantized) -> list[NDArray[np.uint8]]:
+def _quantize_with_mlx(rows: Rows, scheme: Quantized) -> list[NDArray[Any]]:
     stream: mx.Stream | None = getattr(_thread, "stream", None)
     if stream is None:  # a CPU stream belongs to a thread
         stream = _thread.stream = mx.new_stream(mx.cpu)
@@ -126,4 +140,4 @@ def _quantize_with_mlx(rows: Rows, scheme: Quantized) -> list[NDArray[np.uint8]]
             weights, group_size=scheme.group_size, bits=scheme.bits, mode=scheme.mode
         )
         mx.eval(made)
-        return [np.asarray(array).reshape(-1).view(np.uint8) for array in made]
+        return [np.asarray(array) for array in made]

@@ -5,21 +5,31 @@ is one job; embeddings and other large matrices are several. No two jobs write t
 together they write every byte of every output tensor once.
 """
 
+import hashlib
 from collections import defaultdict
-from collections.abc import Container, Iterable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from glm_quant.checkpoint.header import TensorInfo
+from glm_quant.checkpoint.fp8 import FP8_DTYPE, scale_name
+from glm_quant.checkpoint.header import ITEM_SIZE, TensorInfo
+from glm_quant.checkpoint.reader import Checkpoint
 from glm_quant.model.geometry import Geometry
 from glm_quant.model.restructure import Part, transform_rows
 from glm_quant.quantize.encode import Rows, encode, load_rows
+from glm_quant.quantize.fidelity import Fidelity, measure
 from glm_quant.quantize.plan import Plan, PlannedTensor, PlannedWeight
+from glm_quant.quantize.scheme import Quantized
 
 # 16 M elements: 32 MB of bf16. Several workers stay far below 1 GB.
 BLOCK_ELEMENTS = 1 << 24
+
+
+# (tensor, first byte in its data, number of bytes) to those bytes.
+Read = Callable[[TensorInfo, int, int], NDArray[np.uint8]]
 
 
 @dataclass(frozen=True)
@@ -50,6 +60,22 @@ class Job:
     def shards(self) -> set[int]:
         """The output shards it writes to."""
         return {t.shard for target in self.targets for t in target.weight.tensors}
+
+
+class LoadedRows(NamedTuple):
+    """A job's source rows, the sha256 of their stored bytes, and what messages call them."""
+
+    rows: Rows
+    sha256: str
+    where: str
+
+
+class Encoded(NamedTuple):
+    """What a job makes of one weight: (tensor, first row there, bytes), and how near it came."""
+
+    weight: PlannedWeight
+    written: list[tuple[PlannedTensor, int, NDArray[np.uint8]]]
+    fidelity: Fidelity | None
 
 
 def make_jobs(plan: Plan, block_elements: int = BLOCK_ELEMENTS) -> list[Job]:
@@ -97,33 +123,67 @@ def _split(
     ]
 
 
+def load_job(job: Job, checkpoint: Checkpoint, read: Read) -> LoadedRows:
+    """Read a job's rows and look at every value.
+
+    Args:
+        job: what to read.
+        checkpoint: knows where the rows lie.
+        read: returns bytes of a tensor: (tensor, first byte in its data, how many).
+
+    Raises:
+        WeightError: a value is NaN or Inf.
+    """
+    info = checkpoint.tensors[job.source]
+    row_bytes = job.width * ITEM_SIZE[info.dtype]
+    data = read(info, job.begin_row * row_bytes, (job.end_row - job.begin_row) * row_bytes)
+    digest = hashlib.sha256(data.data)
+    scales: NDArray[np.float32] | None = None
+    if info.dtype == FP8_DTYPE:
+        scale_info = checkpoint.tensors[scale_name(job.source)]
+        stored = read(scale_info, 0, scale_info.size_bytes)
+        digest.update(stored.data)
+        scales = stored.view(np.float32).reshape(scale_info.shape)
+    where = f"{info.shard}: tensor {job.source}"
+    rows = load_rows(data, info.dtype, job.width, where, scales=scales, first_row=job.begin_row)
+    return LoadedRows(rows, digest.hexdigest(), where)
+
+
 def encode_job(
-    job: Job, data: NDArray[np.uint8], info: TensorInfo, geometry: Geometry, shards: Container[int]
-) -> Iterator[tuple[PlannedTensor, int, NDArray[np.uint8]]]:
-    """Yield what a job writes: the tensor, its first row there, and the bytes.
+    job: Job, loaded: LoadedRows, geometry: Geometry, shards: Container[int]
+) -> Iterator[Encoded]:
+    """Yield what a job writes.
 
     Args:
         job: what to do.
-        data: the bytes of its source rows.
-        info: its source tensor.
+        loaded: its source rows.
         geometry: the model's dims.
         shards: output shards that are wanted; what lies in others is left out.
 
     Raises:
-        WeightError: a source value is NaN, Inf or does not fit its target dtype.
+        WeightError: a value does not fit its target dtype, or the codes are too far from it.
     """
-    where = f"{info.shard}: tensor {job.source}"
-    rows = load_rows(data, info.dtype, job.width, where)
+    rows, where = loaded.rows, loaded.where
     for target in job.targets:
-        tensors = target.weight.tensors
-        if not any(tensor.shard in shards for tensor in tensors):
+        weight = target.weight
+        if not any(tensor.shard in shards for tensor in weight.tensors):
             continue
         made = transform_rows(rows.bits, target.part.transform, geometry)
         energy = None
-        if target.weight.energy is not None:
-            all_rows = target.weight.weight.rows
-            energy = target.weight.energy.of_rows(target.first_row, len(made), all_rows)
-        encoded = encode(Rows(made, rows.dtype), target.weight.scheme, where, energy)
-        for tensor, array in zip(tensors, encoded, strict=True):
-            if tensor.shard in shards:
-                yield tensor, target.first_row, array
+        if weight.energy is not None:
+            all_rows = weight.weight.rows
+            energy = weight.energy.of_rows(target.first_row, len(made), all_rows)
+        arrays = encode(Rows(made, rows.dtype), weight.scheme, where, energy)
+        fidelity = None
+        if isinstance(weight.scheme, Quantized):
+            fidelity = measure(made, rows.dtype, weight.scheme, arrays)
+            fidelity.check(weight.scheme, where)
+        yield Encoded(
+            weight,
+            [
+                (tensor, target.first_row, array.reshape(-1).view(np.uint8))
+                for tensor, array in zip(weight.tensors, arrays, strict=True)
+                if tensor.shard in shards
+            ],
+            fidelity,
+        )

@@ -9,14 +9,15 @@ noticed, and so does each line.
 import json
 import zlib
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
 from glm_quant.artifact import sync_file, write_atomic
+from glm_quant.quantize.fidelity import Fidelity
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Piece:
     """Bytes that a job wrote: tensor, place in its shard, length, CRC-32."""
 
@@ -27,13 +28,21 @@ class Piece:
     crc32: int
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Entry:
-    """A finished job: its key, the sha256 of the source bytes it read, the pieces it wrote."""
+    """A finished job.
+
+    Attributes:
+        job: its key.
+        source_sha256: of the source bytes it read.
+        pieces: what it wrote.
+        fidelity: how near the codes are to each weight that it quantized, by module path.
+    """
 
     job: str
     source_sha256: str
     pieces: tuple[Piece, ...]
+    fidelity: dict[str, Fidelity] = field(default_factory=dict[str, Fidelity])
 
 
 class Journal:
@@ -99,8 +108,9 @@ class Journal:
 
 
 def _line(entry: Entry) -> str:
-    pieces = [list(vars(piece).values()) for piece in entry.pieces]
-    values = [entry.job, entry.source_sha256, pieces]
+    pieces = [list(astuple(piece)) for piece in entry.pieces]
+    fidelity = {path: list(astuple(found)) for path, found in entry.fidelity.items()}
+    values = [entry.job, entry.source_sha256, pieces, fidelity]
     return json.dumps([*values, _seal(values)]) + "\n"
 
 
@@ -116,7 +126,12 @@ def _parse(line: bytes) -> Entry | None:
         *values, seal = cast("list[Any]", json.loads(line))
         if seal != _seal(values):
             return None
-        job, sha256, pieces = values
-        return Entry(job, sha256, tuple(Piece(*piece) for piece in pieces))
-    except (ValueError, TypeError):
+        job, sha256, pieces, fidelity = values
+        return Entry(
+            job,
+            sha256,
+            tuple(Piece(*piece) for piece in pieces),
+            {path: Fidelity.of(*found) for path, found in fidelity.items()},
+        )
+    except (ValueError, TypeError, AttributeError):
         return None

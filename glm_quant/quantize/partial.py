@@ -2,11 +2,13 @@
 
 Bytes may arrive in any order and from several threads. They count only once journaled, and the
 journal is written only after they are durable. A shard is read once more before it gets its final
-name: every piece must be there, and be what was written.
+name, as far as it is there already while it fills: every piece must be there, and be what was
+written. Writing, flushing and reading again may go on at the same time, in threads of their own.
 """
 
 import hashlib
 import os
+import threading
 import zlib
 from collections import defaultdict
 from collections.abc import Collection, Iterator
@@ -16,10 +18,19 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from glm_quant.artifact import FileDigest, publish_file, sha256_file, sync_file
+from glm_quant.artifact import FileDigest, publish_file, sync_file
 from glm_quant.errors import IntegrityError
 from glm_quant.quantize.journal import Entry, Journal, Piece
 from glm_quant.quantize.plan import PlannedShard, PlannedTensor
+
+
+class _Reading:
+    """How far a shard was read again: the file's digest so far, and that of each tensor."""
+
+    def __init__(self) -> None:
+        self.begun = False
+        self.whole = hashlib.sha256()
+        self.tensors: dict[str, str] = {}
 
 
 class PartialOutputs:
@@ -35,10 +46,20 @@ class PartialOutputs:
         self._journal = Journal(folder / "journal.jsonl", plan_fingerprint)
         self._files: dict[int, int] = {}
         self._waiting: list[Entry] = []
+        self._lock = threading.Lock()  # of what the journal says and what waits for it
+        self._pieces: dict[int, dict[str, list[Piece]]] = defaultdict(lambda: defaultdict(list))
+        self._readings: dict[int, _Reading] = defaultdict(_Reading)
+        for entry in self.done.values():
+            self._take_note(entry)
         self.unflushed_bytes = 0
         if self._journal.is_new:
             for path in folder.glob("*.part"):
                 path.unlink()
+
+    @property
+    def largest_bytes(self) -> int:
+        """Size of the largest output."""
+        return max(shard.size_bytes for shard in self._shards)
 
     @property
     def done(self) -> dict[str, Entry]:
@@ -55,8 +76,26 @@ class PartialOutputs:
         if shard in self._files:
             os.close(self._files.pop(shard))
         self._path(shard).unlink(missing_ok=True)
+        self._readings.pop(shard, None)
         wrote = {key for key, e in self.done.items() if any(p.shard == shard for p in e.pieces)}
-        self._journal.forget(wrote.union(jobs))
+        self._drop(wrote.union(jobs))
+
+    def keep_only(self, shards: Collection[int], jobs: Collection[str]) -> None:
+        """Of the jobs that wrote to these shards, drop those that are not among `jobs`."""
+        self._drop(
+            {
+                key
+                for key, entry in self.done.items()
+                if key not in jobs and any(piece.shard in shards for piece in entry.pieces)
+            }
+        )
+
+    def _drop(self, jobs: Collection[str]) -> None:
+        with self._lock:
+            self._journal.forget(jobs)
+            self._pieces.clear()
+            for entry in self.done.values():
+                self._take_note(entry)
 
     def open(self, shard: int) -> None:
         """Make a shard writable, creating it at full size with its header.
@@ -78,20 +117,58 @@ class PartialOutputs:
 
     def finish_job(self, entry: Entry) -> None:
         """Take note of a job whose bytes are written; `flush` makes it count."""
-        self._waiting.append(entry)
-        self.unflushed_bytes += sum(piece.size_bytes for piece in entry.pieces)
+        with self._lock:
+            self._waiting.append(entry)
+            self.unflushed_bytes += sum(piece.size_bytes for piece in entry.pieces)
 
-    def flush(self) -> None:
-        """Make written bytes durable, then say so in the journal."""
-        if self._waiting:
-            for shard in {piece.shard for entry in self._waiting for piece in entry.pieces}:
-                sync_file(self._files[shard])
-            self._journal.append(self._waiting)
-            self._waiting = []
+    def flush(self) -> list[Entry]:
+        """Make written bytes durable, then say so in the journal.
+
+        Returns:
+            The jobs that count from now on.
+        """
+        with self._lock:
+            batch, self._waiting = self._waiting, []
             self.unflushed_bytes = 0
+        for shard in sorted({piece.shard for entry in batch for piece in entry.pieces}):
+            sync_file(self._files[shard])
+        if batch:
+            with self._lock:
+                self._journal.append(batch)
+                for entry in batch:
+                    self._take_note(entry)
+        return batch
+
+    def check_ahead(self, shard: int) -> None:
+        """Read the tensors that are complete by now and come next in the file.
+
+        Raises:
+            IntegrityError: a byte is not what was written.
+        """
+        planned, reading = self._shards[shard], self._readings[shard]
+        if not reading.begun:
+            reading.begun = True
+            self.open(shard)
+            header = os.pread(self._files[shard], len(planned.header), 0)
+            if header != planned.header:
+                raise IntegrityError(f"{planned.name}: the header changed after it was written.")
+            reading.whole.update(header)
+        # The file's own digest has a thread to itself: hashing is what this pass costs.
+        with ThreadPoolExecutor(1) as pool:
+            for tensor in planned.tensors[len(reading.tensors) :]:
+                with self._lock:
+                    pieces = list(self._pieces[shard][tensor.name])
+                if sum(piece.size_bytes for piece in pieces) < tensor.size_bytes:
+                    return
+                digest = hashlib.sha256()
+                for data in self._read_pieces(planned.name, tensor, pieces):
+                    beside = pool.submit(reading.whole.update, data)
+                    digest.update(data)
+                    beside.result()
+                reading.tensors[tensor.name] = digest.hexdigest()
 
     def check(self, shard: int) -> tuple[FileDigest, dict[str, str]]:
-        """Read a filled shard once.
+        """Read the rest of a filled shard.
 
         Returns:
             The file's digest, and the sha256 of each tensor by name.
@@ -99,23 +176,18 @@ class PartialOutputs:
         Raises:
             IntegrityError: a byte is missing or is not what was written.
         """
-        self.open(shard)
-        planned, file = self._shards[shard], self._files[shard]
-        pieces = self._pieces(shard)
-        header = os.pread(file, len(planned.header), 0)
-        if header != planned.header:
-            raise IntegrityError(f"{planned.name}: the header changed after it was written.")
-        digests: dict[str, str] = {}
-        # The file's own digest has a core to itself: hashing is what this pass costs.
-        with ThreadPoolExecutor(1) as pool:
-            whole = pool.submit(sha256_file, self._path(shard))
-            for tensor in planned.tensors:
-                digest = hashlib.sha256()
-                for data in self._read_pieces(planned.name, tensor, pieces[tensor.name]):
-                    digest.update(data)
-                digests[tensor.name] = digest.hexdigest()
-        found = FileDigest(path=planned.name, size_bytes=planned.size_bytes, sha256=whole.result())
-        return found, digests
+        self.check_ahead(shard)
+        planned, reading = self._shards[shard], self._readings[shard]
+        for tensor in planned.tensors[len(reading.tensors) :]:
+            found = sum(piece.size_bytes for piece in self._pieces[shard][tensor.name])
+            raise IntegrityError(
+                f"{planned.name}: tensor {tensor.name} has {found:,} of {tensor.size_bytes:,} "
+                "bytes."
+            )
+        digest = FileDigest(
+            path=planned.name, size_bytes=planned.size_bytes, sha256=reading.whole.hexdigest()
+        )
+        return digest, reading.tensors
 
     def publish(self, shard: int, folder: Path) -> None:
         """Give a checked shard its final name, durably."""
@@ -138,13 +210,9 @@ class PartialOutputs:
     def _path(self, shard: int) -> Path:
         return self._folder / f"{self._shards[shard].name}.part"
 
-    def _pieces(self, shard: int) -> dict[str, list[Piece]]:
-        by_tensor: dict[str, list[Piece]] = defaultdict(list)
-        for entry in self.done.values():
-            for piece in entry.pieces:
-                if piece.shard == shard:
-                    by_tensor[piece.tensor].append(piece)
-        return by_tensor
+    def _take_note(self, entry: Entry) -> None:
+        for piece in entry.pieces:
+            self._pieces[piece.shard][piece.tensor].append(piece)
 
     def _read_pieces(
         self, shard: str, tensor: PlannedTensor, pieces: list[Piece]
@@ -160,11 +228,6 @@ class PartialOutputs:
                 )
             yield data
             expected += piece.size_bytes
-        if expected != tensor.offset + tensor.size_bytes:
-            raise IntegrityError(
-                f"{shard}: tensor {tensor.name} has {expected - tensor.offset:,} of "
-                f"{tensor.size_bytes:,} bytes."
-            )
 
 
 def _write_all(file: int, data: memoryview, offset: int) -> None:

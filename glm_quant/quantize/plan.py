@@ -12,6 +12,7 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict
 
+from glm_quant.checkpoint import fp8
 from glm_quant.checkpoint.header import ITEM_SIZE
 from glm_quant.checkpoint.reader import Checkpoint
 from glm_quant.errors import RecipeError
@@ -94,12 +95,18 @@ class GroupTotals(BaseModel):
 
 @dataclass(frozen=True)
 class Plan:
-    """What will be made from a checkpoint under a recipe."""
+    """What will be made from a checkpoint under a recipe.
+
+    Attributes:
+        dropped: source tensors that no output needs.
+        warnings: what a person should know before starting.
+    """
 
     geometry: Geometry
     weights: tuple[PlannedWeight, ...]
     shards: tuple[PlannedShard, ...]
     dropped: tuple[str, ...]
+    warnings: tuple[str, ...] = ()
 
     @property
     def tensors(self) -> Iterator[PlannedTensor]:
@@ -150,6 +157,7 @@ def make_plan(checkpoint: Checkpoint, recipe: Recipe) -> Plan:
         RecipeError: a weight without a rule, a rule without a weight, a scheme that does not fit.
     """
     geometry = Geometry.from_config(checkpoint.config)
+    warnings = (fp8.WARNING,) if fp8.check_fp8_config(checkpoint.config) else ()
     check_names(geometry, checkpoint.index.weight_map)
     tensors = checkpoint.tensors if checkpoint.has_weights else None
     if tensors is not None:
@@ -165,7 +173,7 @@ def make_plan(checkpoint: Checkpoint, recipe: Recipe) -> Plan:
     planned, shards = _lay_out(kept, recipe.shard_bytes)
     if recipe.imatrix is not None:
         planned = _calibrated(planned, recipe)
-    return Plan(geometry, planned, shards, tuple(sorted(dropped)))
+    return Plan(geometry, planned, shards, tuple(sorted(dropped)), warnings)
 
 
 def _assign(weights: list[OutputWeight], mtp: list[str], recipe: Recipe) -> list[Scheme | None]:

@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from pydantic import ValidationError
 
-from glm_quant.checkpoint.header import ITEM_SIZE, TensorInfo, shorten
+from glm_quant.checkpoint.header import TensorInfo, shorten
 from glm_quant.checkpoint.index import INDEX_NAME, parse_index
 from glm_quant.checkpoint.manifest import MANIFEST_NAME, Manifest, load_manifest
 from glm_quant.checkpoint.reader import Checkpoint
@@ -24,7 +25,7 @@ from glm_quant.errors import CheckpointError, IntegrityError
 from glm_quant.model.geometry import Geometry, Shape
 from glm_quant.model.restructure import output_weights
 from glm_quant.quantize.assemble import output_config
-from glm_quant.quantize.jobs import Job, encode_job, make_jobs
+from glm_quant.quantize.jobs import Job, encode_job, load_job, make_jobs
 from glm_quant.quantize.plan import Plan, make_plan, tensor_name
 from glm_quant.quantize.scheme import Quantized, Stored, layouts
 from glm_quant.recipe import Recipe, Rule
@@ -174,22 +175,20 @@ def _rederive(folder: Path, manifest: Manifest, checkpoint: Checkpoint, samples:
 
 
 def _compare(folder: Path, plan: Plan, checkpoint: Checkpoint, job: Job) -> None:
-    info = checkpoint.tensors[job.source]
-    row_bytes = job.width * ITEM_SIZE[info.dtype]
-    begin = info.begin + job.begin_row * row_bytes
-    data = checkpoint.source.read(
-        info.shard, begin, begin + (job.end_row - job.begin_row) * row_bytes
-    )
-    block = np.frombuffer(data, np.uint8)
-    everything = range(len(plan.shards))
-    for tensor, row, expected in encode_job(job, block, info, plan.geometry, everything):
-        path = folder / plan.shards[tensor.shard].name
-        offset = tensor.offset + row * tensor.row_bytes
-        with path.open("rb") as file:
-            found = os.pread(file.fileno(), expected.size, offset)
-        if found != expected.tobytes():
-            raise IntegrityError(
-                f"{path}: tensor {tensor.name}, {expected.size:,} bytes at {offset:,}: "
-                f"the source's {job.source} gives other bytes. The output was made from "
-                "another source or by another version."
-            )
+    def read(info: TensorInfo, begin: int, size: int) -> NDArray[np.uint8]:
+        first = info.begin + begin
+        return np.frombuffer(checkpoint.source.read(info.shard, first, first + size), np.uint8)
+
+    loaded = load_job(job, checkpoint, read)
+    for encoded in encode_job(job, loaded, plan.geometry, range(len(plan.shards))):
+        for tensor, row, expected in encoded.written:
+            path = folder / plan.shards[tensor.shard].name
+            offset = tensor.offset + row * tensor.row_bytes
+            with path.open("rb") as file:
+                found = os.pread(file.fileno(), expected.size, offset)
+            if found != expected.tobytes():
+                raise IntegrityError(
+                    f"{path}: tensor {tensor.name}, {expected.size:,} bytes at {offset:,}: "
+                    f"the source's {job.source} gives other bytes. The output was made from "
+                    "another source or by another version."
+                )

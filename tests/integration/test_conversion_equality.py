@@ -19,7 +19,7 @@ from mlx_lm.utils import quantize_model
 
 from glm_quant.checkpoint.reader import Checkpoint
 from glm_quant.model.glm_moe_dsa import Model, ModelArgs
-from glm_quant.quantize import convert, encode
+from glm_quant.quantize import encode, ledger
 from glm_quant.quantize.jobs import Job, make_jobs
 from glm_quant.quantize.plan import Plan
 from glm_quant.quantize.verify import verify
@@ -212,7 +212,7 @@ def test_bytes_do_not_depend_on_how(
     """Number of workers, size of blocks and order of jobs leave every shard's sha256 the same."""
     demo_recipe = with_quantizer(demo_recipe, quantizer)
     expected = digests(prepare(small, tmp_path / "plain", demo_recipe, 1))
-    monkeypatch.setattr(convert, "make_jobs", jobs)
+    monkeypatch.setattr(ledger, "make_jobs", jobs)
     assert digests(prepare(small, tmp_path / "other", demo_recipe, workers)) == expected
 
 

@@ -151,7 +151,7 @@ def test_mlx_reads_what_is_written(bits: int, group_size: int, dtype: str) -> No
     scheme = Quantized("affine", bits, group_size, "search")
     stored = encode(Rows(weights, dtype), scheme, "")
     planned = layouts(scheme, weights.shape, dtype)
-    assert [array.size for array in stored] == [layout.size_bytes for layout in planned]
+    assert [array.nbytes for array in stored] == [layout.size_bytes for layout in planned]
     made = quantize_search(weights, dtype, bits, group_size)
     assert [array.tobytes() for array in made] == [array.tobytes() for array in stored]
     with mx.stream(mx.cpu):

@@ -1,0 +1,80 @@
+"""What no weight of a release is: all zero, or a copy of another weight.
+
+Both are what a broken download, a wrong merge or a half-written shard looks like, and both quantize
+without complaint. Only matrices are judged: fresh norms are all ones and a bias may be zero.
+"""
+
+from collections.abc import Mapping
+from hashlib import sha256
+
+from glm_quant.checkpoint.header import TensorInfo
+from glm_quant.errors import WeightError
+from glm_quant.fingerprint import fingerprint
+
+
+class Account:
+    """The source tensors that were read so far, by their content."""
+
+    def __init__(self, tensors: Mapping[str, TensorInfo], blocks: Mapping[str, int]) -> None:
+        """Begin with nothing read.
+
+        Args:
+            tensors: of the source.
+            blocks: in how many blocks each one is read.
+        """
+        self._tensors = tensors
+        self._blocks = blocks
+        self._read: dict[str, dict[int, str]] = {}
+        self._all_zero: set[str] = set()
+        self._by_content: dict[str, str] = {}
+        self._zeros: dict[int, str] = {}
+
+    def note(self, source: str, begin_row: int, digest: str, size_bytes: int) -> None:
+        """Take note of one block of a tensor.
+
+        Raises:
+            WeightError: the tensor is whole now, and all zero or the same as another.
+        """
+        blocks = self._read.setdefault(source, {})
+        if not blocks:
+            self._all_zero.add(source)
+        if digest != self._digest_of_zeros(size_bytes):
+            self._all_zero.discard(source)
+        blocks[begin_row] = digest
+        if len(blocks) == self._blocks[source]:
+            del self._read[source]
+            info = self._tensors[source]
+            if source in self._all_zero and len(info.shape) > 1:
+                raise WeightError(
+                    f"{info.shard}: tensor {source} {list(info.shape)} is all zero. Fetch the "
+                    "shard again; if it is the same, the release itself is broken."
+                )
+            self.note_whole(source, [blocks[row] for row in sorted(blocks)])
+
+    def note_whole(self, source: str, digests: list[str]) -> None:
+        """Take note of a whole tensor by the digests of its blocks.
+
+        Raises:
+            WeightError: it is the same as another.
+        """
+        info = self._tensors[source]
+        if len(info.shape) < 2:
+            return
+        content = fingerprint([info.shape, info.dtype, *digests])
+        twin = self._by_content.setdefault(content, source)
+        if twin != source:
+            raise WeightError(
+                f"{info.shard}: tensor {source} has the same bytes as {twin} in "
+                f"{self._tensors[twin].shard}. Weights of a release are never equal; fetch both "
+                "shards again, and if they are the same, the release itself is broken."
+            )
+
+    def _digest_of_zeros(self, size: int) -> str:
+        if size not in self._zeros:
+            digest = sha256()
+            block = bytes(1 << 20)
+            for _ in range(size >> 20):
+                digest.update(block)
+            digest.update(block[: size & ((1 << 20) - 1)])
+            self._zeros[size] = digest.hexdigest()
+        return self._zeros[size]
