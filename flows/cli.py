@@ -17,6 +17,7 @@ from flows.approve import approve
 from flows.environment import prepare
 from flows.stopping import stopping_in_order
 from flows.terminal import ERRORS, Terminal, errors_in_one_screen, status_table
+from flows.units import service_app
 from glm_quant.build import Build, BuildSpec, open_build, require_free
 from glm_quant.hub import DEFAULT_WINDOW
 from glm_quant.status import read_status
@@ -222,6 +223,7 @@ def status(
 app.command()(approve)
 app.command()(service.server)
 app.command()(service.worker)
+app.add_typer(service_app, name="service")
 
 
 def main() -> None:
@@ -263,3 +265,7 @@ def _release(spec: BuildSpec, verbose: bool, as_json: bool) -> None:
 
 def _print_json(value: Any) -> None:
     sys.stdout.write(json.dumps(value, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
