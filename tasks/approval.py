@@ -7,11 +7,10 @@ one, finds everything finished and asks again.
 from itertools import count
 
 from prefect.artifacts import create_markdown_artifact
-from prefect.exceptions import ObjectNotFound
 from prefect.flow_runs import suspend_flow_run
 from prefect.input import RunInput
 from prefect.runtime import deployment, flow_run
-from pydantic import Field
+from pydantic import Field, ValidationError
 
 from glm_quant.build import Build, BuildSpec, open_build
 from glm_quant.errors import ApprovalError
@@ -23,7 +22,7 @@ _WEEK_SECONDS = 7 * 24 * 3600
 class Approval(RunInput):
     """A person's answer: the form in the UI, or `glm-quant approve`."""
 
-    approve: bool = Field(default=False, description="publish the build")
+    approve: bool = Field(description="publish the build")
     note: str = Field(default="", description="why, for the record")
 
 
@@ -63,6 +62,6 @@ def _ask(build: Build, text: str) -> Approval:
             return suspend_flow_run(
                 wait_for_input=form, timeout=_WEEK_SECONDS, key=f"approval-{flow_run.id}-{number}"
             )
-        except ObjectNotFound:
+        except ValidationError:  # the question was asked before and nobody answered
             continue
     raise AssertionError("unreachable: count() does not end")

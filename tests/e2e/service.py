@@ -7,8 +7,10 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import httpx
 
@@ -102,6 +104,38 @@ class Service:
         path = f"/deployments/{found['id']}/create_flow_run"
         state = {"type": "SCHEDULED", "name": "Scheduled"}
         return self.ask("POST", path, parameters={"spec": spec}, state=state)["id"]
+
+    def set_spec(self, deployment: str, spec: dict[str, Any]) -> None:
+        """Change a deployment's parameters, as a person does in the UI."""
+        found = self.ask("GET", f"/deployments/name/{deployment}")
+        self.ask("PATCH", f"/deployments/{found['id']}", parameters={"spec": spec})
+
+    def runs_with_tag(self, tag: str) -> list[dict[str, Any]]:
+        """Return all runs that have a tag."""
+        return self.ask("POST", "/flow_runs/filter", flow_runs={"tags": {"all_": [tag]}})
+
+    def start_elsewhere(self, deployment: str) -> str:
+        """Return a run that says that it runs, though no process of this machine does it."""
+        found = self.ask("GET", f"/deployments/name/{deployment}")
+        path = f"/deployments/{found['id']}/create_flow_run"
+        run = self.ask("POST", path, state={"type": "PENDING"})["id"]
+        state = {"type": "RUNNING", "name": "Running"}
+        self.ask("POST", f"/flow_runs/{run}/set_state", state=state, force=True)
+        return run
+
+    def beat(self, run: str, tag: str) -> None:
+        """Send a heartbeat of a run, as its process does."""
+        event = {
+            "event": "prefect.flow-run.heartbeat",
+            "id": str(uuid4()),
+            "occurred": datetime.now(UTC).isoformat(),
+            "resource": {"prefect.resource.id": f"prefect.flow-run.{run}"},
+            "related": [
+                {"prefect.resource.id": f"prefect.tag.{tag}", "prefect.resource.role": "tag"}
+            ],
+        }
+        answer = httpx.post(f"{self.server.api}/events", json=[event], timeout=60)
+        answer.raise_for_status()
 
     def get(self, run: str) -> dict[str, Any]:
         """Return a run as the API shows it."""

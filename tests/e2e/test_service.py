@@ -1,30 +1,44 @@
-"""The service as it runs for weeks: everything that can die dies, a person presses buttons."""
+"""The service as it runs for weeks: everything that can die dies, a person presses buttons.
+
+One build goes through all of it, since each start of a server, a worker or a run takes seconds.
+"""
 
 import os
 import signal
+import subprocess
+import sys
+import time
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import pytest
+from huggingface_hub import snapshot_download
 
+from flows.automations import silent_runs
+from glm_quant.build import BuildSpec, claimed, open_build
 from glm_quant.testbed import tiny_glm_path
-from tests.e2e.conftest import UPSTREAM
+from tests.e2e.conftest import AWS_SECRET, HUB_TOKEN, UPSTREAM
 from tests.e2e.service import Service, wait_for
 from tests.e2e.test_demo import digests
-from tests.hub_server import HubServer
+from tests.hub_server import Content, HubServer
 
 pytestmark = pytest.mark.slow
 
 # One source shard of the small checkpoint, 1.7 MB, takes about two seconds at this rate.
 SLOW = 800_000.0
+TARGET = "team/survivor"
 
 
 @dataclass
 class Build:
-    """A build on its way, and the record of each shard when it was first seen."""
+    """A build on its way, and when each shard's record was first seen."""
 
     workspace: Path
+    spec: dict[str, Any]
     first_seen: dict[str, int]
+    run: str = ""
 
     def shards(self) -> dict[str, int]:
         """Return when each finished shard was recorded."""
@@ -39,23 +53,29 @@ class Build:
         wait_for(lambda: len(self.shards()) > before, f"no shard after the first {before}")
 
 
+def build_of(service: Service, recipe: Path, name: str, *targets: str) -> Build:
+    """Return a build that is not begun."""
+    workspace = f"builds/{name}"
+    spec = {
+        "recipe": str(recipe),
+        "source": f"hf://{UPSTREAM}",
+        "workspace": workspace,
+        "targets": targets,
+        "window": 1,
+        "restarts": 20,
+    }
+    return Build(service.home / workspace, spec, {})
+
+
 @pytest.fixture(scope="module")
-def survivor(service: Service, hub: HubServer, quick: Path) -> tuple[str, Build]:
-    """A run that met everything at once, and its build.
+def survivor(service: Service, hub: HubServer, quick: Path) -> Build:
+    """A build whose run met everything at once.
 
     Its process is killed; the whole machine loses power; its worker is killed; the server is away.
     """
-    build = Build(service.home / "builds" / "survivor", {})
+    build = build_of(service, quick, "survivor", "published/survivor", f"hf://{TARGET}")
     hub.rate = SLOW
-    run = service.run(
-        "glm-quant/dynamic",
-        recipe=str(quick),
-        source=f"hf://{UPSTREAM}",
-        workspace="builds/survivor",
-        targets=["published/survivor"],
-        window=1,
-        restarts=20,
-    )
+    build.run = run = service.run("glm-quant/dynamic", **build.spec)
     build.one_more()
     os.kill(service.pid(run), signal.SIGKILL)
     build.one_more()
@@ -75,22 +95,152 @@ def survivor(service: Service, hub: HubServer, quick: Path) -> tuple[str, Build]
     hub.rate = None
     service.wait(run, "COMPLETED")
     service.start_worker()
-    return run, build
+    return build
 
 
 def test_only_unfinished_work_is_done_and_the_bytes_are_the_same(
-    service: Service, hub: HubServer, survivor: tuple[str, Build], quick: Path, tmp_path: Path
+    service: Service, survivor: Build, quick: Path, tmp_path: Path
 ) -> None:
     """No shard that was finished before a death was made again; the result is the usual one."""
-    run, build = survivor
-    assert service.get(run)["run_count"] >= 3
-    assert build.shards() == build.first_seen
+    assert service.get(survivor.run)["run_count"] >= 3
+    assert survivor.shards() == survivor.first_seen
     undisturbed = tmp_path / "undisturbed"
     done = service.command_line.run(
         *("convert", "--source", tiny_glm_path(), "--recipe", quick, "--output", undisturbed)
     )
     assert done.stdout
-    expected, made = digests(undisturbed), digests(build.workspace / "checkpoint")
+    expected, made = digests(undisturbed), digests(survivor.workspace / "checkpoint")
     differing = {name for name in expected if expected[name] != made[name]}
     assert differing == {"manifest.json"}, "the manifest alone says where the source was"
     assert digests(service.home / "published" / "survivor") == made
+
+
+def test_the_published_repository_runs_in_mlx_lm(
+    hub: HubServer, survivor: Build, tmp_path: Path
+) -> None:
+    """What a user downloads from the Hub loads by mlx-lm's own loader and predicts."""
+    folder = snapshot_download(
+        TARGET, endpoint=hub.url, token=HUB_TOKEN, local_dir=tmp_path / "downloaded"
+    )
+    assert digests(Path(folder)).items() >= digests(survivor.workspace / "checkpoint").items()
+    code = (
+        "import sys; from mlx_lm import load, generate;"
+        "model, tokenizer = load(sys.argv[1], trust_remote_code=True);"
+        "print(generate(model, tokenizer, 'def name(self):', max_tokens=4))"
+    )
+    command = [sys.executable, "-c", code, folder]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=tmp_path)
+    assert done.stdout.strip()
+
+
+def test_the_page_of_a_run_tells_what_it_did(service: Service, survivor: Build) -> None:
+    """Readable names, the tables, the card with its charts, and our log lines."""
+    run = service.get(survivor.run)
+    assert run["name"] == f"quick of {UPSTREAM}"
+    found = service.artifacts(survivor.run)
+    tables = {"components", "shards", "parity", "evaluation"}
+    assert {"progress", "source", "card"} | tables <= set(found)
+    assert found["progress"]["data"] == 100
+    assert "data:image/png;base64," in found["card"]["data"]
+    assert "quantize 9 of 9" in service.task_states(survivor.run)
+    assert any(line.startswith("assemble: ") for line in service.logs(survivor.run))
+
+
+def test_upstream_moves_and_only_what_changed_is_made(
+    service: Service, hub: HubServer, survivor: Build
+) -> None:
+    """A small file changes upstream: the same weights, a new commit, and never twice."""
+    before = digests(survivor.workspace / "checkpoint")
+    service.set_spec("glm-quant/dynamic", survivor.spec)
+    look = {
+        "watched": [{"repo": UPSTREAM, "deployments": ["glm-quant/dynamic"]},
+                    {"repo": "gone/away", "deployments": ["glm-quant/dynamic"]}],
+        "families": [{"author": "upstream", "pattern": "tiny.*"}],
+    }  # fmt: skip
+    first = service.run("glm-quant-watch/upstream", **look)
+    assert service.wait(first)["state_type"] == "COMPLETED"
+    assert service.runs_with_tag("upstream") == []
+    hub.add_commit("upstream/tiny-next", {})
+    files = dict(hub.head(UPSTREAM))
+    files["generation_config.json"] = Content.of_bytes(b'{"temperature": 0.5}\n')
+    commit = hub.add_commit(UPSTREAM, files)
+    looks = [service.run("glm-quant-watch/upstream", **look) for _ in range(2)]
+    assert [service.wait(one)["state_type"] for one in looks] == ["COMPLETED", "COMPLETED"]
+    [rebuilt] = service.runs_with_tag("upstream")
+    assert rebuilt["parameters"]["spec"]["source"] == f"hf://{UPSTREAM}@{commit}"
+    table = service.artifacts(looks[1])["upstream"]["data"]
+    assert "upstream/tiny-next" in table
+    assert "gone/away" in table
+    assert service.wait(rebuilt["id"])["state_type"] == "COMPLETED"
+    after = digests(survivor.workspace / "checkpoint")
+    changed = {name for name in after if after[name] != before.get(name)}
+    assert changed == {"generation_config.json", "manifest.json"}
+    assert survivor.shards() == survivor.first_seen
+
+
+def test_a_person_is_asked_before_publishing(service: Service, survivor: Build) -> None:
+    """No means no, Retry asks again with everything cached, yes publishes."""
+    service.set_spec("glm-quant/dynamic", survivor.spec)
+    target = service.home / "published" / "approved"
+    spec = survivor.spec | {"approval": True, "targets": ["published/approved"]}
+    run = service.run("glm-quant/dynamic", **spec)
+    assert service.wait(run)["state_name"] == "Suspended"
+    assert "published/approved" in service.artifacts(run)["approval"]["data"]
+    service.command_line.run("approve", run, "--reject", "--note", "not today")
+    failed = service.wait(run, "FAILED")
+    assert "not today" in failed["state"]["message"]
+    assert not target.exists()
+    service.retry(run)
+    service.wait(run, "PAUSED")
+    states = service.task_states(run)
+    assert {states[name] for name in states if name.startswith("quantize")} == {"Cached"}
+    service.command_line.run("approve", run)
+    service.wait(run, "COMPLETED")
+    assert digests(target) == digests(survivor.workspace / "checkpoint")
+
+
+def test_cancel_stops_soon_and_the_workspace_resumes(
+    service: Service, hub: HubServer, quick: Path
+) -> None:
+    """A cancelled run ends within seconds; what it had finished is not made again."""
+    build = build_of(service, quick, "cancelled")
+    hub.rate = SLOW
+    run = service.run("glm-quant/dynamic", **build.spec)
+    build.one_more()
+    begin = time.monotonic()
+    service.cancel(run)
+    service.wait(run, "CANCELLED")
+    print(f"cancelled after {time.monotonic() - begin:.1f} s")
+    hub.rate = None
+    spec = BuildSpec(recipe=str(quick), source=str(tiny_glm_path()), workspace=str(build.workspace))
+    with claimed(spec):
+        conversion = open_build(spec).conversion
+        for shard in range(len(conversion.plan.shards)):
+            assert conversion.complete(shard).outputs
+    assert len(build.shards()) == len(conversion.plan.shards)
+
+
+def test_a_run_that_goes_silent_is_marked(service: Service) -> None:
+    """The server's automation marks a run whose last sign of life was a heartbeat."""
+    run = service.start_elsewhere("glm-quant/dynamic")
+    wanted = silent_runs(timedelta(seconds=10)).model_dump(mode="json")
+    wanted["trigger"]["match"] = {"prefect.resource.id": [f"prefect.flow-run.{run}"]}
+    service.ask("POST", "/automations/", **wanted)
+    time.sleep(2)  # until the server has loaded it
+    service.beat(run, "glm-quant")
+    found = service.wait(run, "CRASHED")
+    assert "Nothing was heard" in found["state"]["message"]
+
+
+def test_no_secret_is_anywhere(service: Service, hub: HubServer, survivor: Build) -> None:
+    """Neither the token from the Secret block nor the key from the environment was written."""
+    used = {request.authorization for request in hub.requests(UPSTREAM)}
+    assert f"Bearer {HUB_TOKEN}" in used
+    places = [service.home, service.server.command_line.prefect_home, service.log.parent]
+    searched = 0
+    for path in (path for place in places for path in place.rglob("*") if path.is_file()):
+        data = path.read_bytes()
+        searched += len(data)
+        for secret in (HUB_TOKEN, AWS_SECRET):
+            assert secret.encode() not in data, path
+    assert searched > 10_000_000

@@ -87,6 +87,11 @@ class HubServer(ThreadingHTTPServer):
             self.names[content.sha256] = name
         return self.repos.setdefault(repo, Repo(**kind)).commit(files)
 
+    def head(self, repo: str) -> dict[str, Content]:
+        """Return the files of a repository's main branch."""
+        found = self.repos[repo]
+        return found.commits[found.branches["main"]]
+
     def hang_up(self) -> None:
         """Reset every open connection, as a router does while a machine sleeps."""
         for connection in list(self.connections):
@@ -162,6 +167,7 @@ class _Handler(Uploads, BaseHTTPRequestHandler):
         if self._fault and self._fault.kind == "status":
             return self._json(self._fault.status, {"error": "on order"}, self._fault.headers)
         routes = {
+            r"/api/models": self._models,
             rf"/api/models/{_REPO}(?:/revision/(.+))?": self._info,
             rf"/api/models/{_REPO}/refs": self._refs,
             rf"/api/models/{_REPO}/tree/([^/]+)": self._tree,
@@ -177,6 +183,11 @@ class _Handler(Uploads, BaseHTTPRequestHandler):
         return self._json(404, {"error": "no such route"})
 
     # What the routes answer
+
+    def _models(self) -> None:
+        author = self._query.get("author", [""])[0]
+        found = [name for name in self.server.repos if name.startswith(f"{author}/")]
+        self._json(200, [{"_id": "0", "id": name, "modelId": name} for name in found])
 
     def _info(self, name: str, revision: str | None) -> None:
         found = self._find(name, revision or "main")
