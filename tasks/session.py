@@ -5,12 +5,16 @@ from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
 
+from prefect.artifacts import create_markdown_artifact
 from prefect.context import FlowRunContext
 from prefect.filesystems import LocalFileSystem
 
 from glm_quant.build import BuildSpec, claimed, workspace_of
+from glm_quant.errors import GlmQuantError
 from tasks.progress import shown
 from tasks.secrets import load_secrets
+
+_log = logging.getLogger("glm_quant.session")
 
 
 @contextmanager
@@ -24,8 +28,22 @@ def at_work(spec: BuildSpec) -> Generator[None]:
     # The setting PREFECT_LOGGING_EXTRA_LOGGERS adds a handler, but leaves the level at WARNING.
     logging.getLogger("glm_quant").setLevel(logging.INFO)
     load_secrets()
-    with claimed(spec), results_in(workspace_of(spec).results), shown():
+    with told(), claimed(spec), results_in(workspace_of(spec).results), shown():
         yield
+
+
+@contextmanager
+def told() -> Generator[None]:
+    """Show on the run's page, in words for a person, why the block failed."""
+    try:
+        yield
+    except GlmQuantError as error:
+        text = f"## {type(error).__name__}\n\n{error}\n\nWhat is finished is kept: press Retry."
+        try:
+            create_markdown_artifact(text, key="why-it-stopped", description="Why it stopped")
+        except Exception as absent:
+            _log.warning("the run's page lacks why it stopped: %s", absent)
+        raise
 
 
 @contextmanager

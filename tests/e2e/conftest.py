@@ -85,6 +85,7 @@ def service(
         "PREFECT_WORKER_QUERY_SECONDS": "1",
         "GLM_QUANT_RESTART_SECONDS": "5",
         "HF_ENDPOINT": hub.url,
+        "HF_HUB_DISABLE_XET": "1",
         "AWS_ACCESS_KEY_ID": "tester",
         "AWS_SECRET_ACCESS_KEY": AWS_SECRET,
     }
