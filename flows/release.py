@@ -14,7 +14,7 @@ from tasks.naming import release_name
 from tasks.parity import parity
 from tasks.plan import plan
 from tasks.publish import publish_everywhere
-from tasks.report import report, report_links
+from tasks.report import report_build, report_links, report_plan
 from tasks.session import at_work
 from tasks.upload import make_shards, restore_shards
 
@@ -24,10 +24,10 @@ def release(spec: BuildSpec) -> list[StageResult]:
     """Make, prove and publish one build. Run it again after any interruption: it resumes."""
     with at_work(spec):
         planned = [download(spec), plan(spec)]
-        report(spec)
+        report_plan(spec)
         made = [*make_shards(spec), assemble(spec), *restore_shards(spec)]
         proved = [parity(spec), divergence(spec), evaluate(spec), card(spec)]
-        report(spec)
+        report_build(spec)
         approval(spec)
         published = publish_everywhere(spec)
         report_links(spec)

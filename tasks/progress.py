@@ -49,7 +49,7 @@ class Board:
     """The latest figures of a run, and the thread that shows them."""
 
     def __init__(self) -> None:
-        self._latest = 0.0, "begins"
+        self._latest = 0.0, STAGES[0]
         self._begun: tuple[float, float] | None = None
         self._changed = threading.Event()
         self._closing = threading.Event()
@@ -68,10 +68,14 @@ class Board:
         self._latest = 100 * share, text
         self._changed.set()
 
-    def say(self, text: str) -> None:
-        """Show how the run ended beside the last figures."""
+    def finish(self) -> None:
+        """Show that the run is done."""
+        self._latest = 100.0, "done"
+
+    def stop(self, error: BaseException) -> None:
+        """Show where the run stopped, beside the last figures."""
         percent, last = self._latest
-        self._latest = percent, f"{text} at {last}"
+        self._latest = percent, f"stopped in {last}: {type(error).__name__}"
 
     def close(self) -> None:
         """Send what is left to say, but do not wait for ever."""
@@ -121,9 +125,9 @@ def shown() -> Generator[None]:
     _board = Board()
     try:
         yield
-        _board.say("done")
+        _board.finish()
     except BaseException as error:
-        _board.say(f"stopped ({type(error).__name__})")
+        _board.stop(error)
         raise
     finally:
         _board.close()

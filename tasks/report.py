@@ -20,8 +20,8 @@ from prefect.cache_policies import NO_CACHE
 from glm_quant.build import Build, BuildSpec, open_build
 from glm_quant.stages import evidence
 from glm_quant.stages.assessing import AssessParityStage
-from glm_quant.stages.making import PlanStage
-from glm_quant.stages.proving import EvaluationStage, ParityStage, ParityStageRecord
+from glm_quant.stages.making import AssembleStage, PlanStage
+from glm_quant.stages.proving import EvaluationStage, ParityStage
 from glm_quant.stages.publishing import PublishStage
 from glm_quant.stages.releasing import CardStage
 
@@ -31,10 +31,16 @@ _log = logging.getLogger("glm_quant.report")
 Show = Callable[[Build], None]
 
 
-@task(name="report", task_run_name="report", persist_result=False, cache_policy=NO_CACHE)
-def report(spec: BuildSpec) -> None:
-    """Show what is known of a build so far."""
-    _show(open_build(spec), _source, _plan, _parity, _evaluation, _card)
+@task(name="report", task_run_name="report the plan", persist_result=False, cache_policy=NO_CACHE)
+def report_plan(spec: BuildSpec) -> None:
+    """Show what will be made of what."""
+    _show(open_build(spec), _source, _plan)
+
+
+@task(name="report", task_run_name="report the build", persist_result=False, cache_policy=NO_CACHE)
+def report_build(spec: BuildSpec) -> None:
+    """Show what was made, and what was found about it."""
+    _show(open_build(spec), _shards, _parity, _evaluation, _card)
 
 
 @task(name="report", task_run_name="report", persist_result=False, cache_policy=NO_CACHE)
@@ -64,35 +70,44 @@ def _source(build: Build) -> None:
 
 
 def _plan(build: Build) -> None:
-    record = PlanStage(build).current()
+    stage = PlanStage(build)
+    record = stage.current()
     if record:
-        _table("components", evidence.group_rows(record.plan), "What each part becomes")
-        _table("shards", evidence.shard_rows(build), "Output files")
+        _table("components", evidence.group_rows(record.plan), stage.summarize(record))
+
+
+def _shards(build: Build) -> None:
+    stage = AssembleStage(build)
+    record = stage.current()
+    if record:
+        _table("shards", evidence.shard_rows(build), stage.summarize(record))
 
 
 def _parity(build: Build) -> None:
-    _comparison(ParityStage(build).current())
+    _comparison(ParityStage(build))
 
 
 def _assessed_parity(build: Build) -> None:
-    _comparison(AssessParityStage(build).current())
+    _comparison(AssessParityStage(build))
 
 
-def _comparison(record: ParityStageRecord | None) -> None:
+def _comparison(stage: ParityStage) -> None:
+    record = stage.current()
     if record:
-        _table("parity", evidence.comparison_rows(record.found), "Against transformers")
+        _table("parity", evidence.comparison_rows(record.found), stage.summarize(record))
 
 
 def _evaluation(build: Build) -> None:
-    record = EvaluationStage(build).current()
+    stage = EvaluationStage(build)
+    record = stage.current()
     if record:
-        _table("evaluation", evidence.evaluation_rows(record), "What the build can do")
+        _table("evaluation", evidence.evaluation_rows(record), stage.summarize(record))
 
 
 def _card(build: Build) -> None:
     if CardStage(build).current():
         text = evidence.card_markdown(build.workspace.checkpoint)
-        create_markdown_artifact(text, key="card", description="The model card")
+        create_markdown_artifact(text, key="card", description="The model card with its charts")
 
 
 def _published(build: Build) -> None:
