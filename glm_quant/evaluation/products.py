@@ -10,7 +10,6 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_map
-from mlx_lm.models.mla import MultiLinear
 
 
 def product(x: mx.array, weight: mx.array) -> mx.array:
@@ -20,34 +19,36 @@ def product(x: mx.array, weight: mx.array) -> mx.array:
     return mx.array(np.asarray(x) @ np.asarray(weight).swapaxes(-1, -2))
 
 
+def with_products(module: Any) -> Any:
+    """Let the linear layers of a loaded float32 module use `product`; returns the module."""
+    if mx.default_device() == mx.gpu:
+        return module
+    leaves = tree_map(_exchange, module.leaf_modules(), is_leaf=nn.Module.is_module)
+    module.update_modules(leaves)
+    return module
+
+
+def _exchange(leaf: Any) -> Any:
+    from mlx_lm.models.mla import MultiLinear  # here, since mlx-lm brings seconds of transformers
+
+    better = {nn.Linear: _Linear, MultiLinear: _MultiLinear}.get(type(leaf))
+    if better is None:
+        return leaf
+    other = better.__new__(better)
+    nn.Module.__init__(other)
+    dict.update(other, leaf)  # a module is a dict of its parameters
+    return other
+
+
 class _Linear(nn.Linear):
     def __call__(self, x: mx.array) -> mx.array:
         y = product(x, self.weight)
         return y + self.bias if "bias" in self else y
 
 
-class _MultiLinear(MultiLinear):
+class _MultiLinear(nn.Module):
+    """In place of mlx-lm's: one matrix a head, [heads, out, in]."""
+
     def __call__(self, x: mx.array, transpose: bool = True) -> mx.array:
-        return product(x, self.weight if transpose else self.weight.swapaxes(-1, -2))
-
-
-_BETTER = {nn.Linear: _Linear, MultiLinear: _MultiLinear}
-
-
-def with_products(module: Any) -> Any:
-    """Let the linear layers of a loaded float32 module use `product`; returns the module."""
-    if mx.default_device() == mx.gpu:
-        return module
-
-    def exchange(leaf: Any) -> Any:
-        better = _BETTER.get(type(leaf))
-        if better is None:
-            return leaf
-        other = better.__new__(better)
-        nn.Module.__init__(other)
-        dict.update(other, leaf)  # a module is a dict of its parameters
-        return other
-
-    leaves = tree_map(exchange, module.leaf_modules(), is_leaf=nn.Module.is_module)
-    module.update_modules(leaves)
-    return module
+        weight = self["weight"]
+        return product(x, weight if transpose else weight.swapaxes(-1, -2))

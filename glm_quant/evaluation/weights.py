@@ -25,7 +25,6 @@ from glm_quant.checkpoint.header import TensorInfo
 from glm_quant.checkpoint.reader import Checkpoint, as_array
 from glm_quant.errors import CheckpointError, MissingTensorError
 from glm_quant.evaluation.products import with_products
-from glm_quant.model import glm_moe_dsa
 from glm_quant.model.runtime import load_runtime
 
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
@@ -173,14 +172,22 @@ class Weights(ABC):
 _Fetched = list[tuple[str, TensorInfo, bytes]]
 
 
+def own_runtime() -> ModuleType:
+    """Return this package's runtime; imported here, since mlx-lm brings seconds of transformers."""
+    from glm_quant.model import glm_moe_dsa
+
+    return glm_moe_dsa
+
+
 class SourceWeights(Weights):
     """The source's weights, under this package's own runtime."""
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         """Read the config; no weight yet."""
-        super().__init__(checkpoint, glm_moe_dsa)
+        runtime = own_runtime()
+        super().__init__(checkpoint, runtime)
         # For its `sanitize` alone: no layer's parameters are made.
-        self._shell: Any = glm_moe_dsa.Model.__new__(glm_moe_dsa.Model)
+        self._shell: Any = runtime.Model.__new__(runtime.Model)
         nn.Module.__init__(self._shell)
         self._shell.args = self.args
 
@@ -217,7 +224,7 @@ class BuildWeights(Weights):
         checkpoint = Checkpoint.open(folder)
         # Other people's builds of GLM come without one, since stock mlx-lm has its own.
         travels = "model_file" in checkpoint.config
-        super().__init__(checkpoint, load_runtime(folder) if travels else glm_moe_dsa)
+        super().__init__(checkpoint, load_runtime(folder) if travels else own_runtime())
         self._schemes: dict[str, Any] = checkpoint.config.get("quantization") or {}
 
     def scheme(self, path: str) -> dict[str, Any] | None:

@@ -17,6 +17,7 @@ from jinja2 import Environment, StrictUndefined
 
 from glm_quant.artifact import write_atomic
 from glm_quant.errors import CardError
+from glm_quant.evaluation.divergence_record import DivergenceRecord, Estimate
 from glm_quant.evaluation.records import Measurements
 from glm_quant.report import charts
 from glm_quant.report import format as say
@@ -50,6 +51,7 @@ class _Facts:
     plan: PlanFacts
     build: BuildFacts
     parity: tuple[ParityRow, ...]
+    divergence: DivergenceRecord
     measured: Measurements
 
     @property
@@ -107,7 +109,7 @@ def make_charts(inputs: CardInputs) -> list[charts.Chart]:
     facts = _require(inputs)
     plan, needle = facts.plan, facts.measured.needle
     needs = memory_needs(plan.geometry, plan.tensor_bytes, plan.context_limit)
-    shown = [charts.recipe_chart(plan.groups)]
+    shown = [charts.recipe_chart(plan.groups), charts.divergence_chart(facts.divergence.rows)]
     others = other_builds(plan.params)
     if others:
         own = f"This build, {plan.bits_per_weight:.2f} bpw"
@@ -134,11 +136,12 @@ def escape(text: str) -> str:
 
 def _require(inputs: CardInputs) -> _Facts:
     source, plan, build = inputs.source, inputs.plan, inputs.build
-    parity, evaluation = inputs.parity, inputs.evaluation
-    if source and plan and build and parity and evaluation:
-        return _Facts(inputs, source, plan, build, parity, evaluation.measurements)
+    parity, divergence, evaluation = inputs.parity, inputs.divergence, inputs.evaluation
+    if source and plan and build and parity and divergence and evaluation:
+        return _Facts(inputs, source, plan, build, parity, divergence, evaluation.measurements)
     needed = {
-        "source": source, "plan": plan, "build": build, "parity": parity, "evaluation": evaluation
+        "source": source, "plan": plan, "build": build, "parity": parity,
+        "divergence": divergence, "evaluation": evaluation
     }  # fmt: skip
     missing = next(name for name, value in needed.items() if not value)
     raise CardError(
@@ -165,6 +168,8 @@ def _text(facts: _Facts, shown: Sequence[charts.Chart]) -> str:
         "and_list": say.and_list,
         "escape": escape,
         "figure": _figure,
+        "estimate": _estimate,
+        "bucket": _bucket,
         "parity_value": parity_value,
         "parity_bound": _parity_bound,
         "fit_text": _fit_text,
@@ -191,6 +196,7 @@ def _context(facts: _Facts, shown: Sequence[charts.Chart]) -> dict[str, Any]:
         "geometry": geometry,
         "build": facts.build,
         "parity": facts.parity,
+        "divergence": facts.divergence,
         "measured": facts.measured,
         "base_model": facts.base_model,
         "active": active_params(geometry, plan.params, routed, embeddings),
@@ -221,7 +227,7 @@ def front_matter(facts: _Facts) -> ModelCardData:
         tags=_tags(facts),
         base_model=facts.base_model,
         model_name=facts.inputs.name,
-        eval_results=_eval_results(facts.measured),
+        eval_results=[*_eval_results(facts.measured), *_divergence_results(facts.divergence)],
         **extra,
     )
 
@@ -237,6 +243,27 @@ def _tags(facts: _Facts) -> list[str]:
     mixed = ["mixed-precision"] if sum("-bit" in scheme for scheme in by_scheme) > 1 else []
     return ["mlx", "glm_moe_dsa", "glm", "moe", "quantized", *mixed, *bits, "apple-silicon",
             "conversational"]  # fmt: skip
+
+
+def _divergence_results(record: DivergenceRecord) -> list[EvalResult]:
+    row = record.row()
+    lengths = [length for part in record.slices for length in part.lengths]
+    values = (
+        ("kl_divergence", "mean KL divergence to the bf16 source, nats", row.mean_kl.value),
+        ("accuracy", "same most likely token as the source", row.top1_agreement.value),
+    )
+    return [
+        EvalResult(
+            task_type="text-generation",
+            dataset_type="token-set",  # its own: the Hub's client joins results of one type
+            dataset_name=", ".join(part.name for part in record.slices),
+            dataset_args={"tokens": sum(lengths), "context": max(lengths)},
+            metric_type=kind,
+            metric_name=name,
+            metric_value=round(value, 4),
+        )
+        for kind, name, value in values
+    ]
 
 
 def _eval_results(measured: Measurements) -> list[EvalResult]:
@@ -270,6 +297,17 @@ def _eval_results(measured: Measurements) -> list[EvalResult]:
 def _figure(chart: charts.Chart) -> str:
     alt = escape(chart.alt)
     return f"![{alt}]({ASSETS}/{chart.file(charts.LIGHT)})"
+
+
+def _estimate(estimate: Estimate, digits: int = 3) -> str:
+    error = estimate.standard_error
+    return f"{estimate.value:.{digits}f}" + ("" if error is None else f" ± {error:.{digits}f}")
+
+
+def _bucket(bucket: str, index_topk: int) -> str:
+    if bucket == "all":
+        return "all"
+    return f"up to {index_topk:,}" if bucket == "below" else f"after {index_topk:,}"
 
 
 def _parity_bound(row: ParityRow) -> str:

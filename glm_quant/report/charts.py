@@ -16,6 +16,7 @@ from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from glm_quant.evaluation.divergence_record import DivergenceRow
 from glm_quant.evaluation.records import Needle
 from glm_quant.quantize.plan import GroupTotals
 from glm_quant.report import format as say
@@ -235,6 +236,42 @@ def needle_chart(needle: Needle) -> Chart:
     rows = ", ".join(f"{n:,} tokens {sum(row.values()) / len(row):.0%}" for n, row in grid.items())
     alt = f"Needle retrieval by prompt length, mean over depths: {rows}"
     return Chart("needle", alt, 1.7 + 0.5 * len(depths), draw)
+
+
+def divergence_chart(rows: Sequence[DivergenceRow]) -> Chart:
+    """Chart mean and 99 % KL of each slice.
+
+    Args:
+        rows: of the record; one a slice is shown, over all positions.
+    """
+    shown = [row for row in rows if row.bucket == "all"]
+
+    def draw(figure: Figure, theme: Theme) -> None:
+        axes = figure.subplots()
+        _head(figure, theme, "KL divergence to the bf16 source")
+        most = max(row.p99_kl for row in shown) or 1.0
+        for y, row in enumerate(shown):
+            axes.barh(y, row.p99_kl, color=theme.muted, height=0.4)
+            axes.barh(y, row.mean_kl.value, color=theme.accent, height=0.4)
+            name = "all texts" if row.slice == "all" else row.slice
+            weight = "bold" if row.slice == "all" else "normal"
+            axes.text(0, y - 0.26, name, va="bottom", fontsize=12, weight=weight)
+            value = f"mean {row.mean_kl.value:.3f} · 99 % {row.p99_kl:.2f}"
+            axes.text(
+                most, y - 0.26, value, va="bottom", ha="right", fontsize=11, color=theme.faint
+            )
+        axes.set(xlim=(0, most), ylim=(len(shown) - 0.55, -0.8))
+        _bare(axes)
+        legend = ((0.0, "mean", theme.accent), (0.16, "99 % of positions are below", theme.faint))
+        for x, name, colour in legend:
+            axes.text(x, -0.01, f"■ {name}", color=colour, fontsize=11, transform=axes.transAxes,
+                      va="top")  # fmt: skip
+
+    listed = ", ".join(
+        f"{row.slice} {row.mean_kl.value:.4f} (99 % {row.p99_kl:.3f})" for row in shown
+    )
+    return Chart("divergence", f"Mean KL divergence to the source in nats: {listed}",
+                 1.15 + 0.66 * len(shown), draw)  # fmt: skip
 
 
 def layers_chart(errors: Sequence[float]) -> Chart:

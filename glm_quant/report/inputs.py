@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from glm_quant.evaluation.divergence_record import DivergenceRecord
 from glm_quant.evaluation.records import EvaluationRecord
 from glm_quant.model.geometry import Geometry
 from glm_quant.quantize.plan import GroupTotals
@@ -66,6 +67,7 @@ class CardInputs:
     plan: PlanFacts | None
     build: BuildFacts | None
     parity: tuple[ParityRow, ...] | None
+    divergence: DivergenceRecord | None
     evaluation: EvaluationRecord | None
     layer_errors: tuple[float, ...] = ()
 

@@ -8,6 +8,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from glm_quant.evaluation.divergence_record import DivergenceRecord
 from glm_quant.evaluation.records import EvaluationRecord
 from glm_quant.quantize.plan import GroupTotals, Plan
 from glm_quant.report import format as say
@@ -59,6 +60,7 @@ def result_summary(
     for name, value in [
         *_made(inputs),
         *_proved(inputs.parity or ()),
+        *divergence_rows(inputs.divergence),
         *measured_rows(inputs.evaluation),
     ]:
         table.add_row(name, value)
@@ -115,6 +117,18 @@ def _proved(parity: Sequence[ParityRow]) -> list[tuple[str, str]]:
         worst = max(runtime, key=lambda row: row.value)
         rows.append(("runtime", f"within {parity_value(worst)} of transformers, unquantized"))
     return [*rows, *((row.label, parity_value(row)) for row in parity if row.of_build)]
+
+
+def divergence_rows(record: DivergenceRecord | None) -> list[tuple[str, str]]:
+    """Return what streamed KL and perplexity came to, if they were measured."""
+    if record is None:
+        return []
+    row = record.row()
+    source = f"the source's is {row.reference_perplexity.value:.3f}"
+    return [
+        ("KL, streamed", f"{row.mean_kl.value:.4f} mean, {row.p99_kl:.3f} at 99 %"),
+        ("perplexity", f"{row.build_perplexity.value:.3f} on the same tokens, {source}"),
+    ]
 
 
 def measured_rows(evaluation: EvaluationRecord | None) -> list[tuple[str, str]]:

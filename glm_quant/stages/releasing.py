@@ -13,7 +13,7 @@ from glm_quant.report.card import BuildFacts, CardInputs, PlanFacts, SourceFacts
 from glm_quant.report.correctness import layer_errors, parity_rows
 from glm_quant.stages.base import Stage
 from glm_quant.stages.making import AssembleStage, DownloadStage, PlanStage
-from glm_quant.stages.proving import EvaluationStage, ParityStage
+from glm_quant.stages.proving import DivergenceStage, EvaluationStage, ParityStage
 
 
 class CardRecord(Record):
@@ -36,6 +36,7 @@ class CardStage(Stage[CardRecord]):
         return {
             "assemble": AssembleStage(self.build).fingerprint(),
             "parity": ParityStage(self.build).fingerprint(),
+            "divergence": DivergenceStage(self.build).fingerprint(),
             "evaluate": EvaluationStage(self.build).fingerprint(),
             "recipe": self.build.recipe.model_dump_json(),
             "report": {
@@ -94,6 +95,7 @@ def card_inputs(build: Build) -> CardInputs:
             made.versions,
         ),
         parity=parity and parity_rows(parity.found),
+        divergence=DivergenceStage(build).current(),
         evaluation=EvaluationStage(build).current(),
         layer_errors=layer_errors(parity.found) if parity else (),
     )

@@ -1,11 +1,13 @@
 """The card: from records alone, the same each time, and read by the Hub as it was meant."""
 
+import math
 import re
 from collections.abc import Callable
 from dataclasses import replace
 from io import StringIO
 from pathlib import Path
 
+import numpy as np
 import pytest
 import yaml
 from huggingface_hub import ModelCard
@@ -13,6 +15,13 @@ from rich.console import Console
 
 from glm_quant.checkpoint.reader import Checkpoint
 from glm_quant.errors import CardError
+from glm_quant.evaluation.compare import Positions
+from glm_quant.evaluation.divergence_record import (
+    DivergenceRecord,
+    PassFacts,
+    SliceFacts,
+    make_rows,
+)
 from glm_quant.evaluation.records import (
     EvaluationRecord,
     Load,
@@ -125,6 +134,28 @@ def evaluation(machine: Machine) -> EvaluationRecord:
     )
 
 
+def divergence_record() -> DivergenceRecord:
+    """What 4,096 positions would come to whose KL grows evenly."""
+    kl = np.linspace(0.1, 0.9, 4096)
+    positions = Positions(kl, kl < 0.7, np.full(4096, 1.25), np.full(4096, 1.5))
+    facts = PassFacts(
+        seconds=1.0, weight_bytes=10**12, planned_bytes=10**10, waves=1, mlx_peak_bytes=10**9
+    )
+    return DivergenceRecord(
+        fingerprint="f",
+        reference="r",
+        source="hf://zai-org/GLM-5.2@b4734de4",
+        build="b",
+        index_topk=2048,
+        slices=[SliceFacts(name="co~de", text_sha256="ef" * 32, lengths=[3072, 1024])],
+        rows=make_rows(["co~de"] * 2, [3072, 1024], positions, 2048),
+        reference_pass=facts,
+        build_pass=facts,
+        compare_seconds=1.0,
+        versions={},
+    )
+
+
 @pytest.fixture(scope="module")
 def plan(release: Path) -> Plan:
     """Give the plan of the 2.56 bpw build of GLM-5.2."""
@@ -150,6 +181,7 @@ def inputs(plan: Plan) -> CardInputs:
         ),
         build=BuildFacts(46, 237_906_000_000, "ef" * 32, "12" * 32, {"mlx": "0.32.4"}),
         parity=parity_rows(PARITY),
+        divergence=divergence_record(),
         evaluation=evaluation(M3),
         layer_errors=layer_errors(PARITY),
     )
@@ -171,11 +203,30 @@ def test_rendering_again_gives_the_same_text(inputs: CardInputs, card: str) -> N
     assert render_card(inputs) == card
 
 
-@pytest.mark.parametrize("record", ["source", "plan", "build", "parity", "evaluation"])
+@pytest.mark.parametrize(
+    "record", ["source", "plan", "build", "parity", "divergence", "evaluation"]
+)
 def test_missing_record_is_refused_by_name(inputs: CardInputs, record: str) -> None:
     """A card never leaves out quietly what was not measured."""
     with pytest.raises(CardError, match=f"record of stage '{record}', which is missing"):
         render_card(replace(inputs, **{record: None}))
+
+
+def test_divergence_table_is_the_records(inputs: CardInputs, card: str) -> None:
+    """Each row of the record, by slice and side of index_topk, with its own numbers."""
+    record = inputs.divergence
+    assert record is not None
+    assert [(row.slice, row.bucket) for row in record.rows] == [
+        (name, bucket) for name in ("all", "co~de") for bucket in ("all", "below", "above")
+    ]
+    assert record.row(bucket="above").positions == 1024
+    lines = [line for line in card.splitlines() if " 2,048 | " in line or "| all | " in line]
+    assert len(lines) == 6
+    for row, line in zip(record.rows, lines, strict=True):
+        assert f"| {row.positions:,} | {row.mean_kl.value:.4f}" in line
+        assert f"| {row.p99_kl:.3f} | {row.max_kl:.2f} |" in line
+        assert f"| {math.exp(1.25):.3f} | {math.exp(1.5):.3f} |" in line
+    assert "+0.2500 ± 0.0000 nats a token" in card
 
 
 def test_front_matter_is_what_the_hub_reads(card: str) -> None:
@@ -191,7 +242,11 @@ def test_front_matter_is_what_the_hub_reads(card: str) -> None:
     assert data["language"] == ["en", "zh"]
     assert {"mlx", "glm_moe_dsa", "2-bit", "mixed-precision"} <= set(data["tags"])
     results = yaml.safe_load(card.split("---\n")[1])["model-index"][0]["results"]
-    assert [r["metrics"][0]["type"] for r in results] == ["perplexity", "accuracy"]
+    assert [[metric["type"] for metric in r["metrics"]] for r in results] == [
+        ["perplexity"],
+        ["kl_divergence", "accuracy"],
+        ["accuracy"],
+    ]
     assert results[0]["metrics"][0]["value"] == 3.7
     assert results[0]["dataset"]["args"]["sha256"] == "ab" * 32
 
@@ -286,7 +341,14 @@ def test_writing_leaves_card_and_charts(inputs: CardInputs, tmp_path: Path) -> N
     assert sorted(str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*.*")) == written
     text = (tmp_path / "README.md").read_text()
     pictures = re.findall(r"!\[.+?\]\((assets/.+?)\)", text)
-    assert [Path(p).stem for p in pictures] == ["recipe", "footprint", "needle", "layers", "memory"]
+    assert [Path(p).stem for p in pictures] == [
+        "recipe",
+        "footprint",
+        "divergence",
+        "needle",
+        "layers",
+        "memory",
+    ]
     assert {p.replace(".png", "-dark.png") for p in pictures} | set(pictures) < set(written)
 
 
@@ -348,7 +410,9 @@ def test_result_summary_reads_like_a_result(inputs: CardInputs, tmp_path: Path) 
         "/published/here",
     ):
         assert part in text
-    bare = shown(result_summary(replace(inputs, parity=None, evaluation=None), tmp_path))
+    bare = shown(
+        result_summary(replace(inputs, parity=None, divergence=None, evaluation=None), tmp_path)
+    )
     assert "perplexity" not in bare
     assert "README.md" not in bare
 
