@@ -244,8 +244,8 @@ def test_front_matter_is_what_the_hub_reads(card: str) -> None:
     results = yaml.safe_load(card.split("---\n")[1])["model-index"][0]["results"]
     assert [[metric["type"] for metric in r["metrics"]] for r in results] == [
         ["perplexity"],
-        ["kl_divergence", "accuracy"],
         ["accuracy"],
+        ["kl_divergence", "accuracy"],
     ]
     assert results[0]["metrics"][0]["value"] == 3.7
     assert results[0]["dataset"]["args"]["sha256"] == "ab" * 32
