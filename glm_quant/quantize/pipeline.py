@@ -232,6 +232,10 @@ class Pipeline:
                 encoded = [step for step in self._in_use if step.left == 0]
                 ended = self._stopped or (self._read and len(encoded) == len(self._in_use))
             batch = self._outputs.flush()
+            # Before the reader hears that there is room for another one: the source counts them.
+            for step in encoded:
+                if step.source is not None and not self._stopped:
+                    self._source.release(step.source)
             with self._changed:
                 for shard in {piece.shard for entry in batch for piece in entry.pieces}:
                     if shard in self._needs:
@@ -240,9 +244,6 @@ class Pipeline:
                     self._count(entry.job)
                 self._in_use = [step for step in self._in_use if step not in encoded]
                 self._changed.notify_all()
-            for step in encoded:
-                if step.source is not None and not self._stopped:
-                    self._source.release(step.source)
             if ended:
                 return
 
