@@ -173,7 +173,7 @@ def plan(
         else:
             title = f"{build.recipe.name}: {build.checkpoint.source.uri}"
             limit = build.checkpoint.config.get("max_position_embeddings")
-            _out.print(plan_summary(build.plan, title, limit))
+            _out.print(plan_summary(build.plan, title, limit, build.conversion.schedule))
 
 
 @app.command()

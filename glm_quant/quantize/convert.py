@@ -23,6 +23,7 @@ from glm_quant.quantize.pipeline import Progress
 from glm_quant.quantize.plan import Plan
 from glm_quant.quantize.records import KeptElsewhere, ShardInputs, ShardRecord
 from glm_quant.quantize.reuse import Shelf
+from glm_quant.quantize.schedule import Schedule
 from glm_quant.workspace import Workspace
 
 __all__ = ["Conversion", "KeptElsewhere", "Progress", "ShardInputs", "ShardRecord", "Watcher"]
@@ -114,12 +115,19 @@ class Conversion:
         """Whether a finished file is here, or is a shard that was let go and is kept elsewhere."""
         return self._ledger.is_kept(file)
 
+    @property
+    def schedule(self) -> Schedule:
+        """In which order source shards are read, and what that takes."""
+        return self._ledger.schedule
+
     def check_space(self) -> None:
-        """Compare what is left to write with the free space.
+        """Compare what is left to write with the free space, and what is open with what may be.
 
         Raises:
             DiskSpaceError: it does not fit.
+            RecipeError: too many outputs would be open at a time.
         """
+        self.schedule.check()
         shards = [self.plan.shards[i] for i in self._ledger.unfinished()]
         left = sum(
             shard.size_bytes - _allocated(self._workspace.partial / f"{shard.name}.part")

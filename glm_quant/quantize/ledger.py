@@ -14,6 +14,7 @@ from glm_quant.quantize.encode import VERSION
 from glm_quant.quantize.jobs import Job, make_jobs
 from glm_quant.quantize.plan import Plan, PlannedWeight
 from glm_quant.quantize.records import KeptElsewhere, ShardInputs, ShardRecord
+from glm_quant.quantize.schedule import Schedule
 from glm_quant.workspace import Workspace
 
 _log = logging.getLogger(__name__)
@@ -32,6 +33,11 @@ class Ledger:
         for job in self.jobs:
             for shard in job.shards:
                 self.jobs_of[shard].append(job)
+
+    @cached_property
+    def schedule(self) -> Schedule:
+        """In which order source shards are read."""
+        return Schedule.of(self.jobs, self.checkpoint.index.weight_map)
 
     @cached_property
     def inputs(self) -> list[ShardInputs]:

@@ -11,19 +11,26 @@ from rich.text import Text
 from glm_quant.evaluation.divergence_record import DivergenceRecord
 from glm_quant.evaluation.records import EvaluationRecord
 from glm_quant.quantize.plan import GroupTotals, Plan
+from glm_quant.quantize.schedule import Schedule
 from glm_quant.report import format as say
 from glm_quant.report.correctness import ParityRow, parity_value
 from glm_quant.report.inputs import CardInputs
 from glm_quant.report.memory import memory_need
 
 
-def plan_summary(plan: Plan, title: str, context_limit: int | None = None) -> RenderableType:
+def plan_summary(
+    plan: Plan,
+    title: str,
+    context_limit: int | None = None,
+    schedule: Schedule | None = None,
+) -> RenderableType:
     """Return a plan as a table with its totals.
 
     Args:
         plan: what would be made.
         title: recipe and source, for the heading.
         context_limit: config.json's max_position_embeddings, to state the memory at 8K tokens.
+        schedule: what carrying it out takes.
     """
     shards = len(plan.shards)
     disk = sum(shard.size_bytes for shard in plan.shards)
@@ -38,8 +45,14 @@ def plan_summary(plan: Plan, title: str, context_limit: int | None = None) -> Re
             f"{say.size(need.total_bytes)} of memory to run at {say.tokens(need.context)} tokens, "
             "without activations"
         )
+    if schedule:
+        lines.append(
+            f"{len(schedule.source_shards)} source shards are read in the order in which they are "
+            f"stored; at most {schedule.open_outputs} of the outputs are open at a time"
+        )
     if plan.dropped:
         lines.append(f"{len(plan.dropped):,} tensors of the source are left out (MTP)")
+    lines += plan.warnings
     table = _groups(plan.groups(), plan.params, plan.tensor_bytes)
     return Group(Text(title, style="bold"), table, *(Text(line) for line in lines))
 

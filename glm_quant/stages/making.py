@@ -79,6 +79,9 @@ class PlanFigures(BaseModel):
 
     Attributes:
         disk_bytes: of the output shards, headers included.
+        source_shards: how many source shards are read.
+        open_outputs: the most output shards that are begun and not full at a time.
+        peak_disk_bytes: the output and the source shards that stand on disk beside it.
         memory_bytes: weights and 16-bit caches at some context lengths, without activations.
         dropped: tensors of the source that are left out.
     """
@@ -94,6 +97,9 @@ class PlanFigures(BaseModel):
     groups: list[GroupTotals]
     dropped: int
     disk_bytes: int
+    source_shards: int
+    open_outputs: int
+    peak_disk_bytes: int
     memory_bytes: dict[int, int]
 
 
@@ -107,6 +113,8 @@ def plan_figures(build: Build) -> PlanFigures:
     """Return the figures of a build's plan."""
     plan = build.plan
     limit = int(build.checkpoint.config.get("max_position_embeddings", 0))
+    schedule = build.conversion.schedule
+    disk = sum(shard.size_bytes for shard in plan.shards)
     needs = memory_needs(plan.geometry, plan.tensor_bytes, limit)
     return PlanFigures(
         recipe=build.recipe.name,
@@ -117,7 +125,12 @@ def plan_figures(build: Build) -> PlanFigures:
         shards=[PlannedFile(name=s.name, size_bytes=s.size_bytes) for s in plan.shards],
         groups=plan.groups(),
         dropped=len(plan.dropped),
-        disk_bytes=sum(shard.size_bytes for shard in plan.shards),
+        disk_bytes=disk,
+        source_shards=len(schedule.source_shards),
+        open_outputs=schedule.open_outputs,
+        peak_disk_bytes=schedule.peak_disk_bytes(
+            disk, build.checkpoint.files, build.checkpoint.source.places
+        ),
         memory_bytes={need.context: need.total_bytes for need in needs},
     )
 

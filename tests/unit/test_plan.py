@@ -12,8 +12,10 @@ from hypothesis import strategies as st
 
 from glm_quant.checkpoint.header import ITEM_SIZE, header_length, parse_header
 from glm_quant.checkpoint.reader import Checkpoint
+from glm_quant.errors import RecipeError
 from glm_quant.quantize.jobs import Job, make_jobs
 from glm_quant.quantize.plan import Plan, make_plan
+from glm_quant.quantize.schedule import Schedule
 from glm_quant.quantize.scheme import Quantized, Stored
 from glm_quant.recipe import load_recipe
 from glm_quant.testbed.synthetic import small_config
@@ -195,3 +197,19 @@ def written_once(plan: Plan, jobs: list[Job]) -> int:
         assert edge == tensor.size_bytes == math.prod(tensor.shape) * ITEM_SIZE[tensor.dtype]
         total += edge
     return total
+
+
+def test_few_outputs_are_open(release: Path) -> None:
+    """GLM-5.2's outputs fill in order: three at most are open, and 3 of 282 shards are not read."""
+    checkpoint = Checkpoint.open(release)
+    plan = make_plan(checkpoint, load_recipe("dynamic-2.56bpw"))
+    schedule = Schedule.of(make_jobs(plan), checkpoint.index.weight_map)
+    assert schedule.open_outputs == 3
+    assert len(schedule.source_shards) == 279
+    assert list(schedule.source_shards) == sorted(schedule.source_shards)
+
+
+def test_too_many_open_outputs() -> None:
+    """A plan whose outputs would all be open at a time is refused, with the way out."""
+    with pytest.raises(RecipeError, match=r"65 output shards would be open .* at most 64"):
+        Schedule((), 65).check()

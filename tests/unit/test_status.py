@@ -65,11 +65,12 @@ def test_progress_of_a_build(build: Build) -> None:
     assert begun.running is None
     for shard in range(count):
         QuantizeStage(build, shard).run(ignore)
-        assert stages(read_status(root))["quantize"] == (shard + 1, count)
+        done, total = stages(read_status(root))["quantize"]
+        assert shard < done <= total == count  # the engine works ahead
     AssembleStage(build).run(ignore)
-    done = read_status(root)
-    assert done.done_bytes == done.total_bytes == sum(s.size_bytes for s in build.plan.shards)
-    assert stages(done)["assemble"] == (1, 1)
+    whole = read_status(root)
+    assert whole.done_bytes == whole.total_bytes == sum(s.size_bytes for s in build.plan.shards)
+    assert stages(whole)["assemble"] == (1, 1)
     (build.workspace.checkpoint / build.plan.shards[0].name).unlink()
     assert stages(read_status(root))["quantize"] == (count - 1, count)
 
