@@ -12,6 +12,8 @@ from tests.e2e.command_line import CommandLine
 ROOT = Path(__file__).parents[2]
 # These run other tests or this one: the gate itself runs them.
 BY_THE_GATE = {"uv run pytest", "uv run glm-quant demo", "bash .ci/run"}
+# These do not end by themselves: `service.py` starts them for the tests of the service.
+BY_THE_SERVICE = {"uv run glm-quant server", "uv run glm-quant worker --home ~/glm-quant"}
 
 
 def commands() -> list[str]:
@@ -27,8 +29,16 @@ def test_the_gate_runs_what_this_test_cannot() -> None:
     """The commands that start the tests are in `.ci/run`, which is the last of them."""
     gate = (ROOT / ".ci" / "run").read_text(encoding="utf-8")
     assert set(commands()) >= BY_THE_GATE
-    assert "pytest\n" in gate
+    assert re.search(r"^uv run --no-sync pytest\b", gate, re.MULTILINE)
     assert "glm-quant demo" in gate
+
+
+def test_the_service_runs_what_does_not_end() -> None:
+    """Server and worker are started by the tests of the service, with the README's options."""
+    service = (ROOT / "tests" / "e2e" / "service.py").read_text(encoding="utf-8")
+    assert set(commands()) >= BY_THE_SERVICE
+    assert 'start("server"' in service
+    assert 'start("worker", "--home"' in service
 
 
 @pytest.mark.slow
@@ -39,7 +49,7 @@ def test_commands_run_in_order(cli: CommandLine, quick: Path, tmp_path: Path) ->
     """
     ran = 0
     for command in commands():
-        if command in BY_THE_GATE:
+        if command in BY_THE_GATE | BY_THE_SERVICE:
             continue
         words = shlex.split(command.removeprefix("uv run "))
         if words[1] == "run":
@@ -53,4 +63,4 @@ def test_commands_run_in_order(cli: CommandLine, quick: Path, tmp_path: Path) ->
         done = cli.run(*words[1:], program=words[0])
         assert done.stdout.strip(), command
         ran += 1
-    assert ran == len(set(commands()) - BY_THE_GATE) > 5
+    assert ran == len(set(commands()) - BY_THE_GATE - BY_THE_SERVICE) > 5
