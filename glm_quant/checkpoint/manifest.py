@@ -7,7 +7,7 @@ path), so it is itself reproducible. What a run measured stands in the workspace
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, JsonValue, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError
 
 from glm_quant.artifact import FileDigest, seal, unseal, write_atomic
 from glm_quant.errors import CheckpointError
@@ -36,6 +36,7 @@ class Manifest(BaseModel):
         recipe: the recipe as it was parsed.
         versions: packages that decide bytes.
         totals: parameters, tensor bytes, tensors, bits per weight.
+        census: parameters of each component group by how they are stored, as planned.
         shards: the weights.
         files: everything else that this package wrote (config, index, tokenizer, runtime).
     """
@@ -49,6 +50,7 @@ class Manifest(BaseModel):
     recipe: dict[str, Any]
     versions: dict[str, str]
     totals: dict[str, float]
+    census: dict[str, dict[str, int]] = Field(default_factory=dict[str, dict[str, int]])
     block_elements: int
     shards: list[ManifestShard]
     files: list[FileDigest]

@@ -5,6 +5,8 @@ The manifest comes last: where it stands, the output is whole.
 
 import json
 from collections import Counter
+from collections.abc import Iterable
+from dataclasses import replace
 from importlib.metadata import version
 from importlib.resources import files
 from pathlib import Path
@@ -17,10 +19,11 @@ from glm_quant.checkpoint.manifest import Manifest, ManifestShard
 from glm_quant.checkpoint.reader import Checkpoint
 from glm_quant.errors import RunError
 from glm_quant.fingerprint import fingerprint
+from glm_quant.model.restructure import OutputWeight
 from glm_quant.quantize.convert import Conversion, ShardRecord
 from glm_quant.quantize.jobs import BLOCK_ELEMENTS
 from glm_quant.quantize.plan import Plan
-from glm_quant.quantize.scheme import Quantized
+from glm_quant.quantize.scheme import Quantized, Scheme
 from glm_quant.recipe import Recipe
 
 RUNTIME_NAME = "glm_moe_dsa.py"
@@ -126,6 +129,7 @@ def _assemble(
             "tensors": sum(1 for _ in plan.tensors),
             "bits_per_weight": plan.bits_per_weight,
         },
+        census=take_census((p.weight, p.scheme) for p in plan.weights),
         block_elements=BLOCK_ELEMENTS,
         shards=[
             ManifestShard(file=r.outputs[0], tensors=r.tensors, sources=r.sources) for r in records
@@ -134,6 +138,16 @@ def _assemble(
     )
     manifest.save(folder)
     return manifest
+
+
+def take_census(weights: Iterable[tuple[OutputWeight, Scheme]]) -> dict[str, dict[str, int]]:
+    """Return the parameters of each component group by how they are stored."""
+    census: dict[str, dict[str, int]] = {}
+    for weight, scheme in weights:
+        layout = replace(scheme, quantizer="minmax") if isinstance(scheme, Quantized) else scheme
+        group = census.setdefault(weight.group, {})
+        group[layout.describe()] = group.get(layout.describe(), 0) + weight.params
+    return census
 
 
 def source_label(checkpoint: Checkpoint) -> str:

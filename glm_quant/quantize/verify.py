@@ -23,11 +23,11 @@ from glm_quant.checkpoint.reader import Checkpoint
 from glm_quant.checkpoint.source import Source
 from glm_quant.errors import CheckpointError, IntegrityError
 from glm_quant.model.geometry import Geometry, Shape
-from glm_quant.model.restructure import output_weights
-from glm_quant.quantize.assemble import output_config
+from glm_quant.model.restructure import OutputWeight, output_weights
+from glm_quant.quantize.assemble import output_config, take_census
 from glm_quant.quantize.jobs import Job, encode_job, load_job, make_jobs
 from glm_quant.quantize.plan import Plan, make_plan, tensor_name
-from glm_quant.quantize.scheme import Quantized, Stored, layouts
+from glm_quant.quantize.scheme import Quantized, Scheme, Stored, layouts
 from glm_quant.recipe import Recipe, Rule
 
 
@@ -102,7 +102,13 @@ def _check_structure(folder: Path, manifest: Manifest) -> int:
             f"{folder / 'config.json'}: `quantization` names {len(quantized):,} modules, the "
             f"shards hold scales for {len(scaled):,}; {odd} is in only one of them."
         )
-    _check_shapes(folder / "config.json", config, tensors)
+    census = _check_shapes(folder / "config.json", config, tensors)
+    if manifest.census and census != manifest.census:
+        group = next(g for g in manifest.census if census.get(g) != manifest.census[g])
+        raise IntegrityError(
+            f"{folder}: group {group} is stored as {census.get(group)} parameters, the plan was "
+            f"{manifest.census[group]}. Make or fetch the output again."
+        )
     recorded = {name for shard in manifest.shards for name in shard.tensors}
     if recorded != set(tensors):
         odd = sorted(recorded ^ set(tensors))[0]
@@ -113,14 +119,24 @@ def _check_structure(folder: Path, manifest: Manifest) -> int:
     return len(tensors)
 
 
-def _check_shapes(path: Path, config: dict[str, Any], tensors: Mapping[str, TensorInfo]) -> None:
-    """Hold the shape of every stored tensor against the one that config.json implies."""
+def _check_shapes(
+    path: Path, config: dict[str, Any], tensors: Mapping[str, TensorInfo]
+) -> dict[str, dict[str, int]]:
+    """Hold the shape of every stored tensor against the one that config.json implies.
+
+    Returns:
+        The census of how weights are stored: see `Manifest.census`.
+    """
     implied: dict[str, Shape] = {}
+    stored: list[tuple[OutputWeight, Scheme]] = []
     for weight in output_weights(Geometry.from_config(config), defaultdict(str), None):
         entry = config.get("quantization", {}).get(weight.path)
         scheme = Stored("BF16") if entry is None else _scheme(path, weight.path, entry)
         for layout in layouts(scheme, weight.shape, "BF16"):
             implied[tensor_name(weight, layout)] = layout.shape
+        if entry is None and weight.name in tensors:
+            scheme = Stored(tensors[weight.name].dtype)
+        stored.append((weight, scheme))
     for name, shape in implied.items():
         if name not in tensors or tensors[name].shape != shape:
             found = list(tensors[name].shape) if name in tensors else "nowhere"
@@ -134,6 +150,7 @@ def _check_shapes(path: Path, config: dict[str, Any], tensors: Mapping[str, Tens
             f"{path}: tensor {odd[0]} ({len(odd)} in all) is not implied by config.json. Make or "
             "fetch the output again."
         )
+    return take_census(stored)
 
 
 def _scheme(path: Path, module: str, entry: dict[str, Any]) -> Quantized:

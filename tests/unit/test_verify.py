@@ -134,3 +134,16 @@ def test_one_changed_block_is_found_with_the_source(made: Made) -> None:
     verify(made.output)
     with pytest.raises(IntegrityError, match=rf"{target.name}: tensor .* gives other bytes"):
         verify(made.output, made.checkpoint.source.uri, samples=10**6)
+
+
+def test_census_is_the_plans(made: Made) -> None:
+    """How each group is stored is counted again in the shards and held against the plan's."""
+    manifest = load_manifest(made.output)
+    experts = manifest.census["routed_experts"]
+    assert sum(experts.values()) == sum(
+        p.weight.params for p in made.plan.weights if p.weight.group == "routed_experts"
+    )
+    other = {**manifest.census, "routed_experts": {"3-bit g64": sum(experts.values())}}
+    manifest.model_copy(update={"census": other}).save(made.output)
+    with pytest.raises(IntegrityError, match=r"group routed_experts is stored as .*the plan was"):
+        verify(made.output)
