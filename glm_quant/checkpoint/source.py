@@ -47,8 +47,9 @@ class Source(Protocol):
     def expect(self, names: Sequence[str]) -> None:
         """Say which files will be acquired, in this order, so that they can be fetched ahead.
 
-        It replaces what was said before. No names at all: fetch nothing more, and let nobody wait
-        in `acquire`, which may be in another thread.
+        It replaces what was said before, and what was acquired before is in use no more. No names
+        at all: fetch nothing more, and let nobody wait in `acquire`, which may be in another
+        thread.
         """
         ...
 

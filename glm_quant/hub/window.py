@@ -71,6 +71,7 @@ class Window:
     def expect(self, names: Sequence[str]) -> None:
         """Fetch these in this order; whatever else is in the folder is deleted.
 
+        What was acquired before and not released, by a run that was stopped, is in use no more.
         No names at all: stop fetching and leave everything as it is, for the next time; whoever
         waits in `acquire` is told.
         """
@@ -87,9 +88,9 @@ class Window:
             self._failed.clear()
             self._order = [name for name in names if not self._has(name)]
             if names:
-                for kept in (self._ready, self._held):
-                    for name in [name for name in kept if name not in names]:
-                        del kept[name]
+                kept = self._ready | self._held
+                self._ready = {name: path for name, path in kept.items() if name in names}
+                self._held = {}
                 self._sweep(names)
                 self._pump()
 

@@ -55,6 +55,7 @@ class Batch:
         whole = fingerprint([ledger.fingerprint(i) for i in range(len(ledger.plan.shards))])
         self._outputs = PartialOutputs(ledger.workspace.partial, ledger.plan.shards, whole)
         for shard in unfinished:
+            self._outputs.take_back(shard, ledger.workspace.checkpoint)
             if not self._outputs.is_intact(shard):
                 self._forget(shard)
         self._tasks = self._left_to_do()

@@ -66,6 +66,19 @@ class PartialOutputs:
         """Jobs whose bytes are durable, by key."""
         return self._journal.entries
 
+    def take_back(self, shard: int, folder: Path) -> None:
+        """Undo a shard's publishing if a crash came before its record.
+
+        All its bytes are journaled, so they can be checked and recorded instead of made again.
+        """
+        planned = self._shards[shard]
+        path = folder / planned.name
+        pieces = (piece for found in self._pieces[shard].values() for piece in found)
+        whole = sum(tensor.size_bytes for tensor in planned.tensors)
+        journaled = sum(piece.size_bytes for piece in pieces) == whole
+        if journaled and path.is_file() and not self._path(shard).exists():
+            publish_file(path, self._path(shard))
+
     def is_intact(self, shard: int) -> bool:
         """Whether the partial file of a shard exists at its full size."""
         path = self._path(shard)

@@ -187,6 +187,30 @@ def test_flipped_bit_in_the_journal(halfway: Made, expected: dict[str, str]) -> 
     assert contents(halfway.output) == expected
 
 
+def test_killed_between_the_rename_and_the_record(
+    halfway: Made, expected: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A shard that has its name and no record yet is checked and recorded, not made again."""
+    shard = begun(halfway)
+
+    def die(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr("glm_quant.quantize.records.ShardRecord.save", die)
+        with pytest.raises(KeyboardInterrupt):
+            halfway.conversion.complete(shard)
+    path = halfway.output / halfway.plan.shards[shard].name
+    inode = path.stat().st_ino
+    assert halfway.conversion.finished(shard) is None
+    told: list[int] = []
+    halfway.conversion.complete(shard, lambda _, total: told.append(total))
+    assert not told, "its source was read again"
+    assert path.stat().st_ino == inode
+    halfway.complete_all()
+    assert contents(halfway.output) == expected
+
+
 def test_deleted_finished_shard(made: Made) -> None:
     """Of a finished build, only a shard that is gone is made again."""
     before = {path: stamp(path) for path in made.shard_files}

@@ -148,6 +148,20 @@ def test_a_new_order_stops_what_it_does_not_name(tmp_path: Path) -> None:
     wait_for(lambda: shelf.on_disk() == set(NAMES[4:6]))
 
 
+@pytest.mark.parametrize("limit", [1, 2])
+def test_what_a_stopped_run_held_takes_no_place_from_the_next(tmp_path: Path, limit: int) -> None:
+    """A new order begins with nothing in use; a shard that is needed later gives way."""
+    shelf = Shelf(tmp_path, limit)
+    for name in NAMES[:limit]:
+        shelf.window.acquire(name)
+    shelf.window.expect(())
+    shelf.window.expect([NAMES[5], *NAMES[:limit]])
+    assert shelf.window.acquire(NAMES[5]).read_bytes() == content(NAMES[5])
+    assert len(shelf.on_disk()) <= limit
+    shelf.window.release(NAMES[5])
+    assert shelf.window.acquire(NAMES[0]).read_bytes() == content(NAMES[0])
+
+
 def test_expecting_nothing_stops_and_keeps(tmp_path: Path) -> None:
     """After a failure the line is quiet, and what was fetched waits for the next run."""
     shelf = Shelf(tmp_path, 2)
@@ -179,6 +193,7 @@ def test_too_little_room_for_a_shard_ahead_waits_for_the_one_in_use(
     shelf.window.acquire(NAMES[0])
     full.set()
     shelf.window.expect(NAMES[:2])
+    shelf.window.acquire(NAMES[0])
     wait_for(lambda: NAMES[1] in shelf.on_disk())
     time.sleep(0.02)
     full.clear()
