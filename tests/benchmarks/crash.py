@@ -60,8 +60,6 @@ class Report:
         redone_bytes: for each kill, the bytes of output that were written again because of it.
         largest_shard_bytes: of the output.
         fetched_again: source shards that stood whole on disk at a kill and were asked for again.
-    given_up: likewise, after a kill between the rename and the record of an output shard. That one
-        is made again, and its sources take the places of what was fetched ahead.
         mismatches: files that differ from those of an uninterrupted run.
         unwritten_bytes: bytes of the output that no recorded write explains: else we measure wrong.
     """
@@ -74,7 +72,6 @@ class Report:
     largest_shard_bytes: int = 0
     output_bytes: int = 0
     fetched_again: list[str] = field(default_factory=list[str])
-    given_up: list[str] = field(default_factory=list[str])
     mismatches: list[str] = field(default_factory=list[str])
     unwritten_bytes: int = 0
     seconds: float = 0.0
@@ -108,7 +105,6 @@ class Report:
             "largest_shard_bytes": self.largest_shard_bytes,
             "output_bytes": self.output_bytes,
             "fetched_again": self.fetched_again,
-            "given_up": self.given_up,
             "mismatches": self.mismatches,
             "unwritten_bytes": self.unwritten_bytes,
             "seconds": round(self.seconds, 1),
@@ -150,21 +146,20 @@ class Crashes:
         written: Written = {}
         redone: list[int] = []
         whole: set[str] = set()
-        unrecorded = False
         while True:
             asked_before = len(self._hub.log)
             run = self._killed(output) if len(redone) < most_kills else self.start(output)
             status, steps = run.wait(), run.steps
             if status not in (0, -9):
                 raise SystemExit(f"a run ended with {status}: {run.said}")
-            self._look_for_waste(asked_before, whole, unrecorded)
+            self._look_for_waste(asked_before, whole)
             _account(steps, len(redone), written, redone)
             if status == 0:
                 break
             self.report.kills_by_stage[steps[-1].stage if steps else "open"] += 1
             self.report.kills_by_operation[steps[-1].operation if steps else "none"] += 1
             redone.append(0)
-            whole, unrecorded = _left_behind(output)
+            whole = _whole_sources(output)
         self.report.conversions += 1
         self.report.redone_bytes += redone
         self._compare(output, written)
@@ -185,12 +180,11 @@ class Crashes:
             run.signal(9)
         return run
 
-    def _look_for_waste(self, asked_before: int, whole: set[str], unrecorded: bool) -> None:
-        into = self.report.given_up if unrecorded else self.report.fetched_again
+    def _look_for_waste(self, asked_before: int, whole: set[str]) -> None:
         for request in self._hub.log[asked_before:]:
             again = request.path.startswith("/cdn/") and request.file in whole
             if again and request.range != HEAD_RANGE:
-                into.append(f"{request.file} {request.range}")
+                self.report.fetched_again.append(f"{request.file} {request.range}")
 
     def _compare(self, output: Path, written: Written) -> None:
         found = contents(output)
@@ -203,12 +197,10 @@ class Crashes:
             self.report.unwritten_bytes += path.stat().st_size - header - sum(places.values())
 
 
-def _left_behind(output: Path) -> tuple[set[str], bool]:
-    """Return the whole source shards on disk, and whether an output shard has no record yet."""
-    state = output.with_name(f".{output.name}.glm-quant")
-    whole = {path.name.partition("-")[2] for path in (state / "source").glob("*.safetensors")}
-    recorded = {path.stem for path in (state / "records" / "shards").glob("model-*.json")}
-    return whole, bool({path.name for path in output.glob("model-*.safetensors")} - recorded)
+def _whole_sources(output: Path) -> set[str]:
+    """Return the source shards that stand whole on disk."""
+    source = output.with_name(f".{output.name}.glm-quant") / "source"
+    return {path.name.partition("-")[2] for path in source.glob("*.safetensors")}
 
 
 def _account(steps: list[Step], run: int, written: Written, redone: list[int]) -> None:

@@ -124,6 +124,8 @@ class Forks:
         self._count += 1
         folder = Path(self._folders.name) / str(self._count)
         folder.mkdir()
+        for name in ("steps", "stdout", "stderr"):
+            (folder / name).touch()  # a child may be killed before it opens them
         request = {"arguments": arguments, "output": str(output), "folder": str(folder)}
         answer = self.ask({**request, "kill_at": kill_at})
         return Run(answer["pid"], folder, self)
