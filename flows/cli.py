@@ -1,4 +1,4 @@
-"""The command line: `glm-quant demo | run | convert | plan | verify | status | worker …`.
+"""The command line: `glm-quant demo | run | publish | convert | plan | verify | status | worker …`.
 
 Exit codes: 0 done, 1 the run failed, 2 bad input. With `--json` standard output is one JSON value.
 """
@@ -86,6 +86,38 @@ def run(
         targets=tuple(publish or ()),
     )
     _release(spec, verbose, as_json)
+
+
+@app.command()
+def publish(
+    recipe: Annotated[str, typer.Argument(help="Path of a .yaml file, or a name in recipes/.")],
+    to: Annotated[list[str], typer.Option(help="Folder, hf://org/name or s3://bucket/prefix.")],
+    source: Source = None,
+    workspace: Annotated[Path, typer.Option(help="Folder of the build.")] = Path("workspace"),
+    dry_run: Annotated[bool, typer.Option(help="Show what would change, write nothing.")] = False,
+    verbose: Verbose = False,
+    as_json: Json = False,
+) -> None:
+    """Publish a build: `run` with more targets; with --dry-run, what that would change."""
+    spec = BuildSpec(recipe=recipe, source=source, workspace=str(workspace), targets=tuple(to))
+    if not dry_run:
+        return _release(spec, verbose, as_json)
+    with errors_in_one_screen(verbose):
+        from dataclasses import asdict
+
+        from glm_quant.stages.publishing import PublishStage
+
+        build = open_build(spec)
+        found = {target: PublishStage(build, target).diff() for target in build.targets}
+        if as_json:
+            _print_json({target: asdict(diff) for target, diff in found.items()})
+            return None
+        for target, diff in found.items():
+            _out.print(f"{target}: {diff.describe()}")
+            for kind, files in (("+", diff.added), ("~", diff.changed), ("-", diff.deleted)):
+                for file in files:
+                    _out.print(f"  {kind} {file.name} ({file.size_bytes:,} bytes)")
+    return None
 
 
 @app.command()

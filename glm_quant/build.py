@@ -80,14 +80,20 @@ class Build:
         self.plan = make_plan(self.checkpoint, self.recipe)
         for warning in self.plan.warnings:
             _log.warning("%s", warning)
+        self.targets = tuple(dict.fromkeys((*self.recipe.publish.targets, *spec.targets)))
         self.conversion = Conversion(
             self.checkpoint,
             self.plan,
             self.workspace,
             reuse=[existing_workspace(folder) for folder in spec.reuse],
-            ahead=True,
+            # Work ahead would fill the disk where shards leave it no faster than they are uploaded.
+            ahead=not self.lets_go,
         )
-        self.targets = tuple(dict.fromkeys((*self.recipe.publish.targets, *spec.targets)))
+
+    @property
+    def lets_go(self) -> bool:
+        """Whether a finished shard leaves this disk once every target has it."""
+        return bool(self.targets) and not self.recipe.publish.keep_local
 
     def open_target(self, uri: str, build_id: str, patience: Patience | None = None) -> Target:
         """Return one of the build's targets, as the recipe wants it.

@@ -120,20 +120,24 @@ class Conversion:
         """In which order source shards are read, and what that takes."""
         return self._ledger.schedule
 
-    def check_space(self) -> None:
+    def check_space(self, let_go: bool = False) -> None:
         """Compare what is left to write with the free space, and what is open with what may be.
+
+        Args:
+            let_go: finished shards do not stay here.
 
         Raises:
             DiskSpaceError: it does not fit.
             RecipeError: too many outputs would be open at a time.
         """
         self.schedule.check()
-        shards = [self.plan.shards[i] for i in self._ledger.unfinished()]
-        left = sum(
+        left = sorted(
             shard.size_bytes - _allocated(self._workspace.partial / f"{shard.name}.part")
-            for shard in shards
+            for shard in (self.plan.shards[i] for i in self._ledger.unfinished())
         )
-        require_space(self._workspace.root, left, "the build")
+        if let_go:  # those that are open, and one that is uploaded while the next is made
+            left = left[-self.schedule.open_outputs - 1 :]
+        require_space(self._workspace.root, sum(left), "the build")
 
     def complete(self, shard: int, progress: Progress | None = None) -> ShardRecord:
         """Bring one output shard to completion, or return its record if it is finished.

@@ -156,7 +156,7 @@ class PlanStage(Stage[PlanRecord]):
         Raises:
             DiskSpaceError: the build does not fit on the disk.
         """
-        self.build.conversion.check_space()
+        self.build.conversion.check_space(self.build.lets_go)
         progress(1, 1)
         return PlanRecord(fingerprint=self.fingerprint(), plan=plan_figures(self.build))
 

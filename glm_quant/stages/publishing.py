@@ -42,7 +42,7 @@ def early_targets(build: Build) -> tuple[str, ...]:
 
     A folder gets links, which cost nothing at the end either.
     """
-    if not build.recipe.publish.keep_local:
+    if build.lets_go:
         return build.targets
     return tuple(target for target in build.targets if not is_folder(target))
 
@@ -93,7 +93,7 @@ class UploadStage(Stage[UploadRecord]):
     def run(self, progress: Progress) -> StageResult:
         """Upload, then let the local copy go if the recipe says so and every target has it."""
         result = super().run(progress)
-        if not self.build.recipe.publish.keep_local:
+        if self.build.lets_go:
             self._let_go()
         return result
 
