@@ -98,8 +98,13 @@ class OutputWeight:
         return self.name.endswith(_EXPERT_BIAS)
 
 
-def check_names(geometry: Geometry, weight_map: Mapping[str, str]) -> None:
+def check_names(geometry: Geometry, weight_map: Mapping[str, str], *, fp8: bool = False) -> None:
     """Compare the index's names with what the config implies.
+
+    Args:
+        geometry: the model's dims.
+        weight_map: the index.
+        fp8: whether weights may have scales.
 
     Raises:
         MissingTensorError: the config implies a tensor that the index does not name.
@@ -115,7 +120,8 @@ def check_names(geometry: Geometry, weight_map: Mapping[str, str]) -> None:
                 "again."
             )
     for name in weight_map:
-        if (scaled_weight(name) or name) not in expected and (
+        weight = (scaled_weight(name) if fp8 else None) or name
+        if weight not in expected and (
             component_group(name, geometry.num_hidden_layers) != "mtp"
             or geometry.num_nextn_predict_layers == 0
         ):
@@ -126,8 +132,15 @@ def check_names(geometry: Geometry, weight_map: Mapping[str, str]) -> None:
             )
 
 
-def check_shapes(geometry: Geometry, tensors: Mapping[str, TensorInfo]) -> None:
+def check_shapes(
+    geometry: Geometry, tensors: Mapping[str, TensorInfo], *, fp8: bool = False
+) -> None:
     """Compare the headers with what the config implies.
+
+    Args:
+        geometry: the model's dims.
+        tensors: the headers.
+        fp8: whether matrices may be FP8, with scales.
 
     Raises:
         ShapeError: shape or dtype differ.
@@ -139,7 +152,9 @@ def check_shapes(geometry: Geometry, tensors: Mapping[str, TensorInfo]) -> None:
                 f"{info.shard}: tensor {name} has shape {list(info.shape)}, config.json implies "
                 f"{list(shape)}. Config and weights are of different models; fetch both again."
             )
-        allowed = ("F32",) if kind == "F32" else ("BF16", "F16", "F32", FP8_DTYPE)
+        allowed = ("F32",) if kind == "F32" else ("BF16", "F16", "F32")
+        if fp8 and kind != "F32":
+            allowed += (FP8_DTYPE,)
         if info.dtype not in allowed:
             raise ShapeError(
                 f"{info.shard}: tensor {name} has dtype {info.dtype}, {' or '.join(allowed)} is "

@@ -157,11 +157,12 @@ def make_plan(checkpoint: Checkpoint, recipe: Recipe) -> Plan:
         RecipeError: a weight without a rule, a rule without a weight, a scheme that does not fit.
     """
     geometry = Geometry.from_config(checkpoint.config)
-    warnings = (fp8.WARNING,) if fp8.check_fp8_config(checkpoint.config) else ()
-    check_names(geometry, checkpoint.index.weight_map)
+    is_fp8 = fp8.check_fp8_config(checkpoint.config)
+    warnings = (fp8.WARNING,) if is_fp8 else ()
+    check_names(geometry, checkpoint.index.weight_map, fp8=is_fp8)
     tensors = checkpoint.tensors if checkpoint.has_weights else None
     if tensors is not None:
-        check_shapes(geometry, tensors)
+        check_shapes(geometry, tensors, fp8=is_fp8)
     weights = output_weights(geometry, checkpoint.index.weight_map, tensors)
     dropped = [
         name
