@@ -1,5 +1,8 @@
 """The stages that make the weights: source, plan, quantize (one output shard each), assemble."""
 
+import os
+import platform
+from datetime import UTC, datetime
 from importlib.metadata import version
 from importlib.resources import files
 from pathlib import Path
@@ -216,12 +219,20 @@ class QuantizeStage(Stage[ShardRecord]):
 
 
 class BuildRecord(Record):
-    """A whole build: its outputs are every file of the checkpoint but the card."""
+    """A whole build: its outputs are every file of the checkpoint but the card.
+
+    Attributes:
+        machine: where it was assembled: system, architecture, cores. The manifest has no machine
+            and no time, so that it is the same wherever and whenever it is made.
+        finished_at: when, in UTC.
+    """
 
     weights_fingerprint: str
     manifest_sha256: str
     versions: dict[str, str]
     size_bytes: int
+    machine: str
+    finished_at: str
 
 
 class AssembleStage(Stage[BuildRecord]):
@@ -272,6 +283,8 @@ class AssembleStage(Stage[BuildRecord]):
             manifest_sha256=account.sha256,
             versions=manifest.versions,
             size_bytes=sum(output.size_bytes for output in outputs),
+            machine=f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
+            finished_at=datetime.now(UTC).isoformat(timespec="seconds"),
         )
 
     def summarize(self, record: BuildRecord) -> str:
