@@ -14,6 +14,7 @@ from uuid import uuid4
 
 import httpx
 
+from flows.keeper import is_flow_process
 from tests.e2e.command_line import CommandLine
 
 SLOW_MACHINE_SECONDS = 240
@@ -150,9 +151,14 @@ class Service:
         )
 
     def pid(self, run: str) -> int:
-        """Return the process of a run."""
-        found = wait_for(lambda: self.get(run)["infrastructure_pid"], "the run has no process")
-        return int(str(found).rpartition(":")[2])
+        """Return the process of a run: the living one, if an earlier one has died."""
+
+        def living() -> int | None:
+            found = self.get(run)["infrastructure_pid"]
+            pid = int(str(found).rpartition(":")[2]) if found else 0
+            return pid if pid and is_flow_process(pid) else None
+
+        return wait_for(living, "the run has no process")
 
     def retry(self, run: str) -> None:
         """Press Retry, as the UI does it."""

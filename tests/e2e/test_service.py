@@ -48,8 +48,8 @@ class Build:
         return found
 
     def one_more(self) -> None:
-        """Wait until another shard is finished."""
-        before = len(self.first_seen)
+        """Wait until another shard is finished, from now on."""
+        before = len(self.shards())
         wait_for(lambda: len(self.shards()) > before, f"no shard after the first {before}")
 
 
@@ -82,8 +82,8 @@ def survivor(service: Service, hub: HubServer, quick: Path) -> Build:
     # Power fails, then the machine boots: the worker finds its dead run.
     pid = service.pid(run)
     service.kill_worker()
-    service.server.kill()
     os.kill(pid, signal.SIGKILL)
+    service.server.kill()
     service.server.start()
     service.start_worker()
     build.one_more()
