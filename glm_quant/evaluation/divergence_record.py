@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict
 from glm_quant.artifact import Record
 from glm_quant.evaluation.compare import Positions
 from glm_quant.evaluation.perplexity import mean_with_error
+from glm_quant.evaluation.records import Comparison
 
 Bucket = Literal["all", "below", "above"]
 
@@ -124,6 +125,8 @@ class DivergenceRecord(Record):
         build: identity of the build: its manifest's sha256, or that of its files' identities.
         arithmetic: what both models were computed in.
         index_topk: where the buckets meet.
+        comparisons: KL, agreement and loss beside those of the recipe's baselines, sequence by
+            sequence.
     """
 
     reference: str
@@ -137,6 +140,7 @@ class DivergenceRecord(Record):
     build_pass: PassFacts
     compare_seconds: float
     versions: dict[str, str]
+    comparisons: tuple[Comparison, ...] = ()
 
     def row(self, name: str = "all", bucket: Bucket = "all") -> DivergenceRow:
         """Return the row of a slice and bucket."""

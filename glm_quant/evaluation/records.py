@@ -10,6 +10,7 @@ from collections import defaultdict
 from pydantic import BaseModel, ConfigDict
 
 from glm_quant.artifact import Record
+from glm_quant.evaluation.peer_records import Harness, PeerPerplexity
 
 
 class _Part(BaseModel):
@@ -58,6 +59,9 @@ class Perplexity(_Part):
         value: exp(mean_nll).
         standard_error: of `value`, from the scatter of the windows' means; None for one window.
         method: how it was measured, in one sentence.
+        window_nll: summed negative log-likelihood of each window in nats, to be paired with
+            another build's; empty in records of old.
+        window_tokens: scored tokens of each window.
     """
 
     text: str
@@ -71,6 +75,8 @@ class Perplexity(_Part):
     value: float
     standard_error: float | None
     method: str
+    window_nll: list[float] = []
+    window_tokens: list[int] = []
 
 
 class Speed(_Part):
@@ -108,6 +114,10 @@ class NeedleTrial(_Part):
         length: asked-for length of the prompt in tokens: a row of the grid.
         depth: place of the fact, 0 begin to 1 end: a column of the grid.
         prompt_tokens: length with the chat template.
+        phrasing: which of the phrasings asked.
+        expected: the code that the reply must give first.
+        reply: what came, after the thinking.
+        reply_tokens: tokens made, thinking included; 0 in records of old.
     """
 
     length: int
@@ -117,6 +127,7 @@ class NeedleTrial(_Part):
     expected: str
     reply: str
     retrieved: bool
+    reply_tokens: int = 0
 
 
 class Needle(_Part):
@@ -125,11 +136,15 @@ class Needle(_Part):
     Attributes:
         text_sha256: of the text that the facts were hidden in.
         method: how it was measured, in one sentence.
+        phrasings: the question of each phrasing, with {name} for whom it asks about.
+        thinking_tokens: tokens that the model may think before it must answer; 0: thinking off.
     """
 
     text_sha256: str
     method: str
     trials: list[NeedleTrial]
+    phrasings: list[str] = []
+    thinking_tokens: int = 0
 
     @property
     def score(self) -> float:
@@ -159,6 +174,56 @@ class Needle(_Part):
         return max(middle - half, 0.0), min(middle + half, 1.0)
 
 
+class LongOutput(_Part):
+    """One long greedy output, and how much of it repeats.
+
+    Attributes:
+        prompt: what the user said.
+        tokens: length of the output.
+        ended: whether the model ended it by itself.
+        repeated_share: share of the output's n-grams that stood in it before.
+        longest_repeat: tokens of the longest span that stands in it twice or more.
+        loop_period: tokens after which the end of the output repeats itself; None: it does not.
+        text: the output, its middle left out where it is long.
+    """
+
+    prompt: str
+    tokens: int
+    ended: bool
+    repeated_share: float
+    longest_repeat: int
+    loop_period: int | None
+    text: str
+
+
+class Coherence(_Part):
+    """Loops and repeats in long greedy outputs.
+
+    Attributes:
+        ngram: tokens of the n-grams that are counted.
+        method: how it was measured, in one sentence.
+    """
+
+    ngram: int
+    method: str
+    outputs: list[LongOutput]
+
+    @property
+    def loops(self) -> int:
+        """Outputs that end in a loop."""
+        return sum(output.loop_period is not None for output in self.outputs)
+
+    @property
+    def repeated_share(self) -> float:
+        """Share of repeated n-grams in the worst output."""
+        return max(output.repeated_share for output in self.outputs)
+
+    @property
+    def longest_repeat(self) -> int:
+        """Tokens of the longest repeated span of any output."""
+        return max(output.longest_repeat for output in self.outputs)
+
+
 class Load(_Part):
     """Loading through stock mlx-lm.
 
@@ -177,9 +242,15 @@ class Measurements(_Part):
     Attributes:
         arithmetic: what the model was computed in.
         versions: packages that the numbers depend on.
-        peak_rss_bytes: peak resident memory of the process over the whole evaluation.
-        mlx_peak_bytes: MLX's own peak over the whole evaluation.
+        perplexity: strided, a text each.
+        speed: a prompt length each.
+        peak_rss_bytes: peak resident memory of the process, before the peers' protocols, whose
+            libraries and data would count.
+        mlx_peak_bytes: MLX's own peak, likewise.
         seconds: wall time of the whole evaluation.
+        peer_perplexity: None where the recipe does not ask for it, as the next two.
+        harness: tasks of lm-evaluation-harness.
+        coherence: of long outputs.
     """
 
     machine: Machine
@@ -192,9 +263,55 @@ class Measurements(_Part):
     peak_rss_bytes: int
     mlx_peak_bytes: int
     seconds: float
+    peer_perplexity: PeerPerplexity | None = None
+    harness: Harness | None = None
+    coherence: Coherence | None = None
+
+
+class Comparison(_Part):
+    """One figure of this build beside a baseline's.
+
+    Attributes:
+        measure: the figure's name, as bounds write it.
+        baseline: the baseline's name in the recipe.
+        value: this build's.
+        baseline_value: the baseline's.
+        difference: value less baseline_value.
+        standard_error: of `difference`; None where it is not known, as for times.
+        pairs: windows, prompts or items that both went through and whose differences the error is
+            taken from; 0 where they cannot be paired.
+    """
+
+    measure: str
+    baseline: str
+    value: float
+    baseline_value: float
+    difference: float
+    standard_error: float | None
+    pairs: int
+
+
+class BaselineMeasurements(_Part):
+    """Another build, measured by the same settings or read from its own record.
+
+    Attributes:
+        name: what the recipe calls it.
+        build: sha256 that identifies the build, as evaluations' fingerprints take it.
+    """
+
+    name: str
+    build: str
+    measurements: Measurements
 
 
 class EvaluationRecord(Record):
-    """The evaluation of one build."""
+    """The evaluation of one build, and of its recipe's baselines.
+
+    Attributes:
+        baselines: what else was measured, or was before.
+        comparisons: every figure that this build and a baseline share.
+    """
 
     measurements: Measurements
+    baselines: tuple[BaselineMeasurements, ...] = ()
+    comparisons: tuple[Comparison, ...] = ()

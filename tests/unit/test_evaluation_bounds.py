@@ -140,3 +140,12 @@ def test_record_survives_its_json() -> None:
     """What is saved is what is read."""
     record = a_record(needle=Needle(text_sha256="0", method="m", trials=[trial(64, 0.1, True)]))
     assert EvaluationRecord.model_validate_json(record.model_dump_json()) == record
+
+
+def test_records_of_old_are_read() -> None:
+    """A record made before the newer measures had fields is one that did not take them."""
+    record = a_record(needle=Needle(text_sha256="0", method="m", trials=[trial(64, 0.1, True)]))
+    old = record.model_dump(mode="json", exclude_defaults=True)
+    assert not {"baselines", "comparisons"} & set(old)
+    assert not {"peer_perplexity", "harness", "coherence"} & set(old["measurements"])
+    assert EvaluationRecord.model_validate(old) == record
