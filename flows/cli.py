@@ -252,6 +252,29 @@ def status(
         _out.print(status_table(found))
 
 
+@app.command()
+def card(
+    workspace: Annotated[Path, typer.Argument(help="The folder of a finished run.")],
+    output: Annotated[
+        Path | None, typer.Option(help="The build, if it is not in the workspace.")
+    ] = None,
+    verbose: Verbose = False,
+    as_json: Json = False,
+) -> None:
+    """Render card and charts again from the records: nothing is measured, no source is needed."""
+    with errors_in_one_screen(verbose):
+        from glm_quant.stages.releasing import render_again
+        from glm_quant.workspace import Workspace, existing_workspace
+
+        place = existing_workspace(str(workspace))
+        place = Workspace(place.root, output.expanduser().absolute() if output else place.output)
+        record = render_again(place)
+        if as_json:
+            _print_json(record.model_dump())
+        else:
+            _out.print(f"{place.checkpoint}: {', '.join(file.path for file in record.outputs)}")
+
+
 app.command()(approve)
 app.command()(service.server)
 app.command()(service.worker)
@@ -291,7 +314,7 @@ def _release(spec: BuildSpec, verbose: bool, as_json: bool) -> None:
         from glm_quant.report.summary import result_summary
         from glm_quant.stages.releasing import card_inputs
 
-        _out.print(result_summary(card_inputs(build), checkpoint, build.targets))
+        _out.print(result_summary(card_inputs(build.workspace), checkpoint, build.targets))
         _out.print(f"[dim]{seconds:,.0f} seconds[/]")
 
 

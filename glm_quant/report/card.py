@@ -129,6 +129,14 @@ def other_builds(params: int) -> list[tuple[str, float]]:
     return [(build["name"], build["size_gb"] * 1e9) for build in data["builds"]]
 
 
+def missing_record(build: str, stage: str) -> CardError:
+    """Return the refusal to tell of a build without the record of a stage."""
+    return CardError(
+        f"{build}: the card needs the record of stage {stage!r}, which is missing. Run the "
+        "flow again: it does what is left, and the card states nothing that was not measured."
+    )
+
+
 def escape(text: str) -> str:
     """Return text from outside so that Markdown shows it as it is."""
     return re.sub(r"([\\`*_~|\[\]])", r"\\\1", text).replace("<", "&lt;").replace("\n", " ")
@@ -140,14 +148,11 @@ def _require(inputs: CardInputs) -> _Facts:
     if source and plan and build and parity and divergence and evaluation:
         return _Facts(inputs, source, plan, build, parity, divergence, evaluation.measurements)
     needed = {
-        "source": source, "plan": plan, "build": build, "parity": parity,
-        "divergence": divergence, "evaluation": evaluation
+        "download": source, "plan": plan, "assemble": build, "parity": parity,
+        "divergence": divergence, "evaluate": evaluation
     }  # fmt: skip
     missing = next(name for name, value in needed.items() if not value)
-    raise CardError(
-        f"{inputs.name}: the card needs the record of stage {missing!r}, which is missing. Run the "
-        "flow again: it does what is left, and the card states nothing that was not measured."
-    )
+    raise missing_record(inputs.name, missing)
 
 
 def _text(facts: _Facts, shown: Sequence[charts.Chart]) -> str:

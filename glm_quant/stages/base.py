@@ -57,6 +57,8 @@ class Stage(ABC, Generic[R]):
     record_type: type[R]
     # Whether its failure is the run's: a stage beside the run's own course says nothing.
     tells_failure = True
+    # Stages whose records speak of this one's result: another result makes them void.
+    decides: tuple[str, ...] = ()
 
     def __init__(self, build: Build) -> None:
         """Attach to a build."""
@@ -100,7 +102,14 @@ class Stage(ABC, Generic[R]):
         return record.is_whole(self.root)
 
     def keep(self, record: R) -> None:
-        """Write the record: the stage is done from here on."""
+        """Write the record: the stage is done from here on.
+
+        What was said of another result goes first, so that no card can mix two builds' records.
+        """
+        earlier = self.record_type.load(self.record_path)
+        if earlier is not None and earlier.fingerprint != record.fingerprint:
+            for name in self.decides:
+                (self.build.workspace.records / f"{name}.json").unlink(missing_ok=True)
         record.save(self.record_path)
 
     def run(self, progress: Progress) -> StageResult:

@@ -20,6 +20,9 @@ from glm_quant.quantize.plan import GroupTotals
 from glm_quant.report.memory import memory_needs
 from glm_quant.stages.base import Stage
 
+# The records that speak of one assembled build.
+PROOFS = ("parity", "divergence", "evaluate", "card")
+
 
 class SourceRecord(Record):
     """What was found at the source: every header was read and held against the config."""
@@ -143,6 +146,7 @@ class PlanStage(Stage[PlanRecord]):
 
     name = "plan"
     record_type = PlanRecord
+    decides = ("assemble", *PROOFS)
 
     def inputs(self) -> Canonical:
         """Return the fingerprints of all planned shards."""
@@ -240,6 +244,7 @@ class AssembleStage(Stage[BuildRecord]):
 
     name = "assemble"
     record_type = BuildRecord
+    decides = PROOFS
 
     @property
     def root(self) -> Path:

@@ -1,0 +1,168 @@
+"""`glm-quant card`: the card of a finished build, rendered again from its workspace alone."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from glm_quant.artifact import Record
+from glm_quant.build import Build, BuildSpec
+from glm_quant.errors import BusyError, CardError, IntegrityError
+from glm_quant.stages.base import Stage
+from glm_quant.stages.making import (
+    AssembleStage,
+    BuildRecord,
+    DownloadStage,
+    PlanStage,
+    QuantizeStage,
+)
+from glm_quant.stages.proving import (
+    DivergenceStage,
+    EvaluationStage,
+    ParityStage,
+    ParityStageRecord,
+)
+from glm_quant.stages.releasing import CardStage, render_again
+from tests.card_records import EPYC, PARITY, divergence_record, evaluation
+
+RECIPE = """\
+name: again
+description: Everything but the MTP layer as it is stored
+rules:
+  - match: "^(?!model.layers.4)"
+    dtype: source
+  - group: mtp
+    drop: true
+publish: {base_model: org/small, languages: [en]}
+"""
+
+
+def ignore(done: int, total: int) -> None:
+    pass
+
+
+def open_build(root: Path) -> Build:
+    """The build in a workspace, as the flow opens it."""
+    return Build(
+        BuildSpec(
+            recipe=str(root / "again.yaml"),
+            source=str(root / "source"),
+            workspace=str(root / "work"),
+        )
+    )
+
+
+def run(build: Build) -> None:
+    """Every stage up to the card, with measurements that were taken elsewhere."""
+    for stage in (DownloadStage(build), PlanStage(build)):
+        stage.run(ignore)
+    for shard in range(len(build.plan.shards)):
+        QuantizeStage(build, shard).run(ignore)
+    AssembleStage(build).run(ignore)
+    made = BuildRecord.load(build.workspace.records / "assemble.json")
+    assert made is not None
+    found = ParityStageRecord(fingerprint="", found=PARITY)
+    compared = divergence_record().model_copy(update={"build": made.manifest_sha256})
+    keep(ParityStage(build), found)
+    keep(DivergenceStage(build), compared)
+    keep(EvaluationStage(build), evaluation(EPYC))
+    CardStage(build).run(ignore)
+
+
+def keep(stage: Stage, record: Record) -> None:
+    stage.keep(record.model_copy(update={"fingerprint": stage.fingerprint()}))
+
+
+@pytest.fixture(scope="module")
+def finished(small: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with source, recipe and the workspace of a finished run."""
+    root = tmp_path_factory.mktemp("finished")
+    shutil.copytree(small, root / "source")
+    (root / "again.yaml").write_text(RECIPE)
+    build = open_build(root)
+    build.workspace.create()
+    run(build)
+    return root
+
+
+@pytest.fixture
+def workspace(finished: Path, tmp_path: Path) -> Path:
+    """A copy of that folder, to be changed."""
+    return Path(shutil.copytree(finished, tmp_path / "copy"))
+
+
+def card_files(build: Build) -> dict[str, bytes]:
+    folder = build.workspace.checkpoint
+    files = [folder / "README.md", *sorted((folder / "assets").iterdir())]
+    return {file.name: file.read_bytes() for file in files}
+
+
+def test_the_same_bytes_come_out_without_the_source(workspace: Path) -> None:
+    """The source may be gone; card, charts and the card's record are what the flow made."""
+    build = open_build(workspace)
+    before = card_files(build)
+    record = build.workspace.records / "card.json"
+    made = record.read_bytes()
+    shutil.rmtree(workspace / "source")
+    shutil.rmtree(build.workspace.checkpoint / "assets")
+    (build.workspace.checkpoint / "README.md").unlink()
+    record.unlink()
+    render_again(build.workspace)
+    assert card_files(build) == before
+    assert len(before) > 5
+    assert record.read_bytes() == made
+
+
+@pytest.mark.parametrize(
+    "stage", ["download", "plan", "assemble", "parity", "divergence", "evaluate"]
+)
+def test_a_missing_record_is_named(workspace: Path, stage: str) -> None:
+    """The old card stays, and nothing is told of what was not recorded."""
+    build = open_build(workspace)
+    before = card_files(build)
+    (build.workspace.records / f"{stage}.json").unlink()
+    with pytest.raises(CardError, match=f"record of stage '{stage}', which is missing"):
+        render_again(build.workspace)
+    assert card_files(build) == before
+
+
+def test_another_recipe_makes_void_what_was_measured(workspace: Path) -> None:
+    """A run that ended before measuring leaves no card that mixes two builds."""
+    recipe = workspace / "again.yaml"
+    recipe.write_text(RECIPE.replace("dtype: source", "dtype: float32"))
+    build = open_build(workspace)
+    PlanStage(build).run(ignore)
+    records = build.workspace.records
+    assert {p.name for p in records.glob("*.json")} == {"download.json", "plan.json"}
+    with pytest.raises(CardError, match="record of stage 'assemble', which is missing"):
+        render_again(build.workspace)
+
+
+def test_assembling_again_voids_only_another_builds_proofs(workspace: Path) -> None:
+    """The same build keeps what was measured of it; with another card text it does not."""
+    build = open_build(workspace)
+    (build.workspace.checkpoint / "config.json").unlink()
+    AssembleStage(build).run(ignore)
+    assert ParityStage(build).current() is not None
+    recipe = workspace / "again.yaml"
+    recipe.write_text(RECIPE.replace("org/small", "org/other"))
+    AssembleStage(open_build(workspace)).run(ignore)
+    assert not (build.workspace.records / "parity.json").exists()
+
+
+def test_a_changed_config_is_refused(workspace: Path) -> None:
+    """Memory is computed from config.json: it must be the one that was made."""
+    build = open_build(workspace)
+    config = build.workspace.checkpoint / "config.json"
+    config.write_text(
+        config.read_text().replace('"num_hidden_layers": 4', '"num_hidden_layers": 5')
+    )
+    with pytest.raises(IntegrityError, match=r"config\.json.*sha256"):
+        render_again(build.workspace)
+
+
+def test_a_workspace_in_use_is_left_alone(workspace: Path) -> None:
+    """A run may be writing the same files."""
+    build = open_build(workspace)
+    with build.workspace.locked(), pytest.raises(BusyError):
+        render_again(build.workspace)
