@@ -16,7 +16,7 @@ from flows import service
 from flows.approve import approve
 from flows.environment import prepare
 from flows.stopping import stopping_in_order
-from flows.terminal import ERRORS, Terminal, errors_in_one_screen, status_table
+from flows.terminal import ERRORS, Terminal, errors_in_one_screen, fit_table, status_table
 from flows.units import service_app
 from glm_quant.build import Build, BuildSpec, open_build, require_free
 from glm_quant.hub import DEFAULT_WINDOW
@@ -185,6 +185,56 @@ def calibrate(
             _print_json(record.model_dump())
         else:
             _out.print(f"{output}: {record.describe()}")
+
+
+@app.command()
+def fit(
+    source: Annotated[str, typer.Option(help="Folder or URI of the checkpoint.")],
+    target: Annotated[str, typer.Option(help="238GB, 2.56bpw or '256GB Mac at 32K context'.")],
+    output: Annotated[Path, typer.Option(help="Recipe file to write.")],
+    recipe: RecipeOption = "dynamic-2.56bpw",
+    floor: Annotated[
+        list[str] | None, typer.Option(help="Least bits, as attention=4; may be given again.")
+    ] = None,
+    bands: Annotated[int, typer.Option(min=1, help="Parts that the layers are cut into.")] = 4,
+    measure: Annotated[
+        str | None,
+        typer.Option(help="kl (reads the source for each number) or error; default: by size."),
+    ] = None,
+    imatrix: Annotated[str | None, typer.Option(help="Made by `calibrate`.")] = None,
+    text: Annotated[
+        list[Path] | None, typer.Option(help="For kl: text files; default: this project's code.")
+    ] = None,
+    tokens: Annotated[int, typer.Option(min=16, help="For kl: at most so many in all.")] = 4096,
+    context: Annotated[int, typer.Option(min=16, help="For kl: tokens of a sequence.")] = 512,
+    verbose: Verbose = False,
+    as_json: Json = False,
+) -> None:
+    """Choose the bits of each part of a recipe by measurement, within a budget of bytes."""
+    with errors_in_one_screen(verbose), stopping_in_order(ERRORS):
+        from glm_quant.calibration.calibrate import calibration_tokens
+        from glm_quant.checkpoint.reader import Checkpoint
+        from glm_quant.fit.command import FitSettings, parse_floors, parse_measure
+        from glm_quant.fit.command import fit as choose
+        from glm_quant.hub import open_source
+
+        checkpoint = Checkpoint.open(open_source(source))
+        checkpoint.require_weights()
+        settings = FitSettings(recipe, parse_floors(floor), bands, parse_measure(measure), imatrix)
+        with Terminal(ERRORS, 1) as terminal:
+            terminal.begin("measure")
+            result = choose(
+                checkpoint,
+                target,
+                output,
+                settings,
+                lambda: calibration_tokens(checkpoint, text, tokens, context, total=tokens),
+                lambda done, total: terminal.move("measure", done, total),
+            )
+        if as_json:
+            _print_json(result.model_dump(mode="json"))
+        else:
+            _out.print(fit_table(result))
 
 
 @app.command()

@@ -13,6 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from glm_quant.errors import GlmQuantError
+from glm_quant.fit.record import FitResult
 from glm_quant.status import WorkspaceStatus
 
 ERRORS = Console(stderr=True, soft_wrap=True)
@@ -83,6 +84,26 @@ class Terminal:
         for stage, bar in self._bars.items():
             if stage != current:
                 self._progress.update(bar, total=1, completed=1)
+
+
+def fit_table(result: FitResult) -> RenderableType:
+    """Return the front of a fit, the chosen point marked, and what each part got."""
+    front = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    for title in ("tensors, bytes", "bits per weight", "cost", ""):
+        front.add_column(title, justify="right")
+    for point in result.front:
+        style = "bold green" if point.chosen else None
+        numbers = f"{point.tensor_bytes:,}", f"{point.bits_per_weight:.3f}", f"{point.cost:.5g}"
+        front.add_row(*numbers, "chosen" if point.chosen else "", style=style)
+    parts = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))
+    for part, scheme in result.choices:
+        parts.add_row(part, scheme)
+    return Group(
+        Text(f"{result.output}: {result.budget}", style="bold"),
+        Text(f"cost: {result.cost_of}", style="dim"),
+        front,
+        parts,
+    )
 
 
 def status_table(status: WorkspaceStatus) -> RenderableType:

@@ -33,6 +33,7 @@ Mode = Literal["affine", "mxfp4", "nvfp4", "mxfp8"]
 # How the affine mode's scales and biases are chosen; the other modes have one way.
 Quantizer = Literal["minmax", "search"]
 
+_LAYER = re.compile(r"model\.layers\.(\d+)\.")
 # What mx.quantize 0.32 accepts.
 _AFFINE_BITS = (2, 3, 4, 5, 6, 8)
 _AFFINE_GROUP_SIZES = (32, 64, 128)
@@ -51,6 +52,9 @@ class Rule(_Section):
 
     group: ComponentGroup | tuple[ComponentGroup, ...] | None = None
     match: str | None = Field(default=None, description="regular expression on the MLX module path")
+    layers: tuple[int, int] | None = Field(
+        default=None, description="first and last layer that the rule speaks of; default: all"
+    )
     bits: int | None = None
     group_size: int = 64
     mode: Mode = "affine"
@@ -72,6 +76,8 @@ class Rule(_Section):
                 raise ValueError(
                     f"match {self.match!r} is no regular expression: {error}"
                 ) from None
+        if self.layers is not None and not 0 <= self.layers[0] <= self.layers[1]:
+            raise ValueError(f"layers is {list(self.layers)}: give the first and the last layer")
         if self.bits is not None:
             self._check_scheme(self.bits)
         elif self.quantizer is not None:
@@ -97,6 +103,10 @@ class Rule(_Section):
 
     def matches(self, path: str, group: ComponentGroup) -> bool:
         """Whether the rule speaks of the weight with this MLX path and component group."""
+        if self.layers is not None:
+            layer = _LAYER.match(path)
+            if layer is None or not self.layers[0] <= int(layer[1]) <= self.layers[1]:
+                return False
         if self._pattern is not None:
             return self._pattern.search(path) is not None
         wanted = self.group if isinstance(self.group, tuple) else (self.group,)
@@ -104,10 +114,11 @@ class Rule(_Section):
 
     def describe(self) -> str:
         """Return the selector as a person would say it."""
+        where = f", layers {self.layers[0]} to {self.layers[1]}" if self.layers else ""
         if self.match is not None:
-            return f"match {self.match!r}"
+            return f"match {self.match!r}{where}"
         groups = self.group if isinstance(self.group, tuple) else (str(self.group),)
-        return f"group {', '.join(groups)}"
+        return f"group {', '.join(groups)}{where}"
 
 
 class ParitySettings(_Section):

@@ -43,7 +43,12 @@ LEAST_TOKENS = 32
 
 
 def calibration_tokens(
-    source: Checkpoint, texts: Sequence[Path] | None, tokens: int, context: int
+    source: Checkpoint,
+    texts: Sequence[Path] | None,
+    tokens: int,
+    context: int,
+    *,
+    total: int | None = None,
 ) -> TokenSet:
     """Cut texts into sequences with the source's tokenizer.
 
@@ -52,6 +57,7 @@ def calibration_tokens(
         texts: files; default: this package's own modules, which no default evaluation reads.
         tokens: at most so many of each text.
         context: tokens of a sequence.
+        total: at most so many of all texts together, sequences spread evenly over them.
 
     Raises:
         RecipeError: a text cannot be read.
@@ -61,7 +67,8 @@ def calibration_tokens(
         texts = sorted(path for path in package.rglob("*.py") if path.stat().st_size > 1 << 12)
     names = {f"{i:03d} {path.name}": str(path) for i, path in enumerate(texts)}
     settings = DivergenceSettings(texts=names, tokens=max(tokens, context), context=context)
-    return make_token_set(source, settings)
+    made = make_token_set(source, settings)
+    return made if total is None else made.spread(max(total // context, 1))
 
 
 def calibrate(

@@ -9,7 +9,7 @@ the numbers say little of any language.
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.resources import files
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -62,6 +62,16 @@ class TokenSet:
         """Digest of all token ids and where sequences end."""
         ids = [sequence.tolist() for sequence in self.sequences]
         return hashlib.sha256(json.dumps(ids).encode()).hexdigest()
+
+    def spread(self, count: int) -> "TokenSet":
+        """Return at most so many of the sequences, at even steps."""
+        pairs = [(part, sequence) for part in self.slices for sequence in part.sequences]
+        numbers = np.unique(np.linspace(0, len(pairs) - 1, min(count, len(pairs))).astype(int))
+        kept: dict[str, TokenSlice] = {}
+        for part, sequence in (pairs[int(number)] for number in numbers):
+            before = kept[part.name].sequences if part.name in kept else ()
+            kept[part.name] = replace(part, sequences=(*before, sequence))
+        return TokenSet(tuple(kept.values()))
 
     def facts(self) -> list[SliceFacts]:
         """Return what a record says of the slices."""

@@ -227,3 +227,16 @@ def test_recipe_without_mtp_in_the_checkpoint(index_only: Callable[..., Checkpoi
     """A rule for MTP layers is no mistake where the checkpoint has none."""
     config = small_config() | {"num_nextn_predict_layers": 0}
     assert make_plan(index_only(config), load_recipe("demo")).dropped == ()
+
+
+def test_layers_narrow_a_rule() -> None:
+    """A rule with layers speaks of these alone, both ends included, and never of embeddings."""
+    text = HEAD + "  - {group: attention, layers: [3, 10], bits: 4}\n" + REST
+    rule = parse_recipe(text, "mine.yaml").rules[0]
+    met = [i for i in range(20) if rule.matches(f"model.layers.{i}.self_attn.o_proj", "attention")]
+    assert met == list(range(3, 11))
+    assert not rule.matches("model.layers.4.mlp.up_proj", "dense_mlp")
+    wide = parse_recipe(HEAD + "  - {match: '.*', layers: [0, 99], bits: 4}\n", "w.yaml").rules[0]
+    assert not wide.matches("lm_head", "lm_head")
+    with pytest.raises(RecipeError, match=r"mine.yaml:4: .*give the first and the last layer"):
+        parse_recipe(text.replace("[3, 10]", "[10, 3]"), "mine.yaml")

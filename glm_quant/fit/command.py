@@ -1,0 +1,272 @@
+"""`glm-quant fit`: measure, solve, and write a recipe that `convert` takes.
+
+The recipe to begin with says what is quantized, by which quantizer, and everything that is not
+about bits. What comes out is the same recipe with other bits: its header comment says from which
+numbers. What a reader would get wrong: the budget holds the plan's exact sizes, so the search for
+bits ends with a plan of the recipe as it was written, and an error if it is above the budget.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import yaml
+
+from glm_quant import __version__
+from glm_quant.artifact import write_atomic
+from glm_quant.checkpoint.reader import Checkpoint
+from glm_quant.errors import OutputError, RecipeError
+from glm_quant.evaluation.token_set import TokenSet
+from glm_quant.fit.parts import Part, divide, fitted_rules
+from glm_quant.fit.record import FitPoint, FitResult
+from glm_quant.fit.sensitivity import (
+    MEASURES,
+    DivergenceMeter,
+    ErrorMeter,
+    Measure,
+    Meter,
+    measure_costs,
+)
+from glm_quant.fit.solve import Front, Option, Point
+from glm_quant.fit.target import Budget, parse_target
+from glm_quant.model.groups import GROUPS
+from glm_quant.quantize.plan import Plan, make_plan
+from glm_quant.quantize.scheme import Quantized
+from glm_quant.recipe import ComponentGroup, Recipe, load_recipe, parse_recipe
+from glm_quant.workspace import Workspace
+
+# Streaming a source for every number is for sources up to this size; larger ones are sampled.
+_KL_BYTES = 8 << 30
+
+
+@dataclass(frozen=True)
+class FitSettings:
+    """What is asked of a fit, besides source and target.
+
+    Attributes:
+        recipe: to begin with.
+        floors: the least bits of a group.
+        bands: parts that the layers are cut into.
+        measure: None is `kl` for sources up to 8 GiB, else `error`.
+        imatrix: folder for the recipe, in place of its own.
+    """
+
+    recipe: str
+    floors: Mapping[ComponentGroup, int]
+    bands: int = 4
+    measure: Measure | None = None
+    imatrix: str | None = None
+
+
+def parse_floors(said: Sequence[str] | None) -> dict[ComponentGroup, int]:
+    """Return the least bits of groups from `group=bits`.
+
+    Raises:
+        RecipeError: one is not of that form, or names no group.
+    """
+    floors: dict[ComponentGroup, int] = {}
+    for text in said or ():
+        name, _, bits = text.partition("=")
+        group = {known: known for known in GROUPS}.get(name)
+        if group is None or not bits.isdecimal():
+            raise RecipeError(
+                f"--floor {text}: give group=bits, as attention=4; groups are {', '.join(GROUPS)}."
+            )
+        floors[group] = int(bits)
+    return floors
+
+
+def parse_measure(said: str | None) -> Measure | None:
+    """Return the measure that a word names.
+
+    Raises:
+        RecipeError: it names none.
+    """
+    if said is None:
+        return None
+    known = {measure: measure for measure in MEASURES}.get(said)
+    if known is None:
+        raise RecipeError(f"--measure {said}: give one of {', '.join(MEASURES)}.")
+    return known
+
+
+def fit(
+    source: Checkpoint,
+    target: str,
+    output: Path,
+    settings: FitSettings,
+    make_tokens: Callable[[], TokenSet],
+    progress: Callable[[int, int], None] = lambda _done, _total: None,
+) -> FitResult:
+    """Write the recipe of least cost within a budget.
+
+    Args:
+        source: with its weights.
+        target: see `parse_target`.
+        output: the recipe file to write; records stand beside it, in `.NAME.glm-quant/`.
+        settings: what else is asked.
+        make_tokens: returns the token set for `kl`; called only if that is measured.
+        progress: called with numbers that are known and numbers that are needed.
+
+    Raises:
+        RecipeError: the target cannot be met, or recipe and floors leave nothing to fit.
+        OutputError: the output is there already.
+        BusyError: another process is fitting into it.
+    """
+    output = output.expanduser().absolute()
+    if output.exists():
+        raise OutputError(f"{output}: the file is there already. Move it, or choose another name.")
+    recipe = load_recipe(settings.recipe)
+    if settings.imatrix is not None:
+        recipe = recipe.model_copy(update={"imatrix": settings.imatrix})
+    plan = make_plan(source, recipe)
+    source.require_weights()
+    budget = parse_target(target, plan.geometry, plan.params)
+    parts = divide(plan, recipe, settings.bands, settings.floors)
+    smallest = plan.tensor_bytes + sum(
+        part.size_bytes(part.schemes[0]) - sum(one.size_bytes for one in part.weights)
+        for part in parts
+    )
+    if smallest > budget.size_bytes:
+        raise _too_small(budget, smallest)
+    beside = Workspace(output.with_name(f".{output.stem}.glm-quant"))
+    beside.create()
+    with beside.locked():
+        meter = _meter(source, settings.measure, make_tokens, beside)
+        costs = measure_costs(meter, parts, beside.records, progress)
+        return _Fit(source, recipe, plan, parts, costs, budget, meter.describe()).write(output)
+
+
+def _meter(
+    source: Checkpoint, said: Measure | None, make_tokens: Callable[[], TokenSet], beside: Workspace
+) -> Meter:
+    size = sum(source.files[name].size_bytes for name in source.index.shards)
+    if (said or ("kl" if size <= _KL_BYTES else "error")) == "kl":
+        return DivergenceMeter(source, make_tokens(), beside.scratch)
+    return ErrorMeter(source)
+
+
+class _Fit:
+    """Numbers are known; what is left is to choose."""
+
+    def __init__(
+        self,
+        source: Checkpoint,
+        recipe: Recipe,
+        plan: Plan,
+        parts: list[Part],
+        costs: list[list[float]],
+        budget: Budget,
+        cost_of: str,
+    ) -> None:
+        self._source, self._recipe, self._parts = source, recipe, parts
+        self._budget, self._cost_of, self._params = budget, cost_of, plan.params
+        self._fixed = plan.tensor_bytes - sum(
+            one.size_bytes for part in parts for one in part.weights
+        )
+        self._front = Front(
+            [
+                [
+                    Option(part.size_bytes(scheme), cost)
+                    for scheme, cost in zip(part.schemes, found, strict=True)
+                ]
+                for part, found in zip(parts, costs, strict=True)
+            ]
+        )
+
+    def write(self, output: Path) -> FitResult:
+        """Choose, plan what was chosen, and write it down when it is within the budget."""
+        limit = self._budget.size_bytes
+        while True:
+            point = self._front.best(limit - self._fixed)
+            if point is None:
+                raise _too_small(self._budget, self._fixed + int(self._front.sizes[0]))
+            recipe = self._fitted(point, output)
+            plan = make_plan(self._source, recipe)
+            files = sum(shard.size_bytes for shard in plan.shards)
+            used = files if self._budget.headers else plan.tensor_bytes
+            if used <= self._budget.size_bytes:
+                break
+            limit -= used - self._budget.size_bytes  # room for the headers
+        result = self._result(point, plan, files, output)
+        write_atomic(output, recipe_text(recipe, result).encode())
+        return result
+
+    def _schemes(self, point: Point) -> list[Quantized]:
+        return [part.schemes[i] for part, i in zip(self._parts, point.picks, strict=True)]
+
+    def _fitted(self, point: Point, output: Path) -> Recipe:
+        rules = fitted_rules(self._recipe, self._parts, self._schemes(point))
+        publish = self._recipe.publish.model_copy(update={"name": None})
+        return self._recipe.model_copy(
+            update={
+                "name": output.stem,
+                "description": f"{self._recipe.name}, fitted to {self._budget.said}",
+                "rules": tuple(rules),
+                "publish": publish,
+                "file": str(output),
+            }
+        )
+
+    def _result(self, point: Point, plan: Plan, files: int, output: Path) -> FitResult:
+        shown = {p.size_bytes: p for p in (*self._front.spread(_SHOWN), point)}
+        return FitResult(
+            output=output,
+            budget=self._budget.meaning,
+            tensor_bytes=plan.tensor_bytes,
+            file_bytes=files,
+            bits_per_weight=plan.bits_per_weight,
+            cost=point.cost,
+            cost_of=self._cost_of,
+            slack=self._front.slack,
+            front=tuple(
+                FitPoint(
+                    tensor_bytes=self._fixed + p.size_bytes,
+                    bits_per_weight=(self._fixed + p.size_bytes) * 8 / self._params,
+                    cost=p.cost,
+                    chosen=p == point,
+                )
+                for _, p in sorted(shown.items())
+            ),
+            choices=tuple(
+                (part.title, scheme.describe())
+                for part, scheme in zip(self._parts, self._schemes(point), strict=True)
+            ),
+        )
+
+
+# Points of the front that are shown.
+_SHOWN = 12
+
+
+def recipe_text(recipe: Recipe, result: FitResult) -> str:
+    """Return the YAML of a fitted recipe, its making in the header comment.
+
+    Raises:
+        RecipeError: it does not read back as the same recipe, which would be an error of ours.
+    """
+    optimum = (
+        "No other choice within the budget has a lower sum."
+        if result.slack == 1
+        else f"No other choice within the budget has a sum below it by a factor of {result.slack}."
+    )
+    header = [
+        f"Made by `glm-quant fit` {__version__} for a target of {result.budget}.",
+        f"It plans to {result.tensor_bytes:,} bytes of tensors and {result.file_bytes:,} of files.",
+        f"Cost of a part: {result.cost_of}.",
+        f"The sum over all parts is {result.cost:.5g}. {optimum}",
+    ]
+    fields = recipe.model_dump(mode="json", exclude_defaults=True)
+    body = yaml.safe_dump(fields, sort_keys=False, allow_unicode=True, width=100)
+    text = "".join(f"# {line}\n" for line in header) + body
+    again = parse_recipe(text, recipe.file)
+    if again.model_dump() != recipe.model_dump():
+        raise RecipeError(f"{recipe.file}: the recipe changed when it was written; report this.")
+    return text
+
+
+def _too_small(budget: Budget, smallest: int) -> RecipeError:
+    return RecipeError(
+        f"--target {budget.meaning}; the smallest build has {smallest:,} bytes of tensors. Raise "
+        "the target, or lower --floor."
+    )

@@ -1,0 +1,92 @@
+"""A source with some of its weights as a build would have them, without making the build.
+
+Weights are encoded when they are needed and expanded to the float32 values that their codes stand
+for, by the engine's own `encode`, so a trial has the values of the build that it speaks of.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+
+import mlx.core as mx
+import numpy as np
+from numpy.typing import NDArray
+
+from glm_quant.checkpoint.reader import Checkpoint, as_array
+from glm_quant.evaluation.weights import PROJECTIONS, SourceWeights
+from glm_quant.quantize.affine import from_float32
+from glm_quant.quantize.encode import Rows, encode
+from glm_quant.quantize.plan import PlannedWeight
+from glm_quant.quantize.scheme import Quantized
+
+
+class TrialWeights(SourceWeights):
+    """The source's weights, but for those that are planned otherwise."""
+
+    def __init__(self, checkpoint: Checkpoint, planned: Mapping[str, PlannedWeight]) -> None:
+        """Read the config; no weight yet.
+
+        Args:
+            checkpoint: the source.
+            planned: quantized weights by MLX module path; all others are the source's.
+        """
+        super().__init__(checkpoint)
+        self._planned = planned
+
+    def values(self, prefix: str, names: Sequence[str]) -> Mapping[str, mx.array]:
+        """Return parameters, the planned ones as their codes have them."""
+        return {
+            name: self._stored(f"{prefix}{name}".rpartition(".")[0], value)
+            for name, value in super().values(prefix, names).items()
+        }
+
+    def rows(self, path: str, first: int, count: int) -> mx.array:
+        """Return rows of a matrix."""
+        return self._stored(path, super().rows(path, first, count), first)
+
+    def experts(self, layer: int, wanted: Sequence[int]) -> Iterator[tuple[int, list[mx.array]]]:
+        """Yield (expert, [gate, up, down]) in the order of `wanted`; each [out, in]."""
+        path = f"model.layers.{layer}.mlp.switch_mlp"
+        for expert, matrices in super().experts(layer, wanted):
+            yield (
+                expert,
+                [
+                    self._stored(f"{path}.{name}", matrix, expert * matrix.shape[0])
+                    for name, matrix in zip(PROJECTIONS, matrices, strict=True)
+                ],
+            )
+
+    def _stored(self, path: str, values: mx.array, first_row: int = 0) -> mx.array:
+        planned = self._planned.get(path)
+        if planned is None:
+            return values
+        flat = np.array(values).reshape(-1, values.shape[-1])
+        return mx.array(expanded(planned, flat, first_row)).reshape(values.shape)
+
+
+def expanded(
+    planned: PlannedWeight, rows: NDArray[np.float32], first_row: int
+) -> NDArray[np.float32]:
+    """Encode rows of a weight and return the values that the codes stand for.
+
+    Args:
+        planned: an affine scheme, and what else decides the codes.
+        rows: [rows, width], values of the source's dtype.
+        first_row: where they begin in the weight, seen as a matrix.
+
+    Raises:
+        WeightError: a scale would be infinite.
+    """
+    scheme, dtype = planned.scheme, planned.weight.source_dtype
+    if not isinstance(scheme, Quantized):
+        raise TypeError(f"{planned.weight.name}: {scheme.describe()} is no quantized scheme")
+    energy = None
+    if planned.energy is not None:
+        energy = planned.energy.of_rows(first_row, len(rows), planned.weight.rows)
+    bits = from_float32(np.ascontiguousarray(rows), dtype)
+    codes, scales, biases = encode(Rows(bits, dtype), scheme, planned.weight.name, energy)
+    made = mx.dequantize(
+        mx.array(codes),
+        *(as_array(a.data, dtype, a.shape).astype(mx.float32) for a in (scales, biases)),
+        group_size=scheme.group_size,
+        bits=scheme.bits,
+    )
+    return np.array(made)

@@ -1,0 +1,232 @@
+"""`fit`: within the budget, the optimum of its numbers, a recipe that plans to its bytes."""
+
+import json
+import re
+from itertools import product
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from glm_quant.checkpoint.reader import Checkpoint
+from glm_quant.errors import OutputError, RecipeError
+from glm_quant.evaluation.token_set import TokenSet, make_token_set
+from glm_quant.evaluation.weights import BuildWeights
+from glm_quant.fit.command import FitSettings, fit, parse_floors, parse_measure
+from glm_quant.fit.parts import divide
+from glm_quant.fit.sensitivity import DivergenceMeter, ErrorMeter
+from glm_quant.fit.solve import Front, Option
+from glm_quant.fit.target import parse_target
+from glm_quant.fit.trial import TrialWeights
+from glm_quant.model.geometry import Geometry
+from glm_quant.quantize.plan import make_plan
+from glm_quant.quantize.scheme import Quantized
+from glm_quant.recipe import DivergenceSettings, load_recipe, parse_recipe
+from glm_quant.report.memory import RESERVED_BYTES, machine_bytes, memory_need
+from tests.conftest import Made
+
+OPTIONS = st.lists(
+    st.lists(
+        st.builds(Option, st.integers(1, 60), st.floats(0, 10, allow_nan=False)),
+        min_size=1,
+        max_size=4,
+    ),
+    min_size=1,
+    max_size=5,
+)
+
+
+@given(OPTIONS, st.integers(0, 320))
+def test_best_is_that_of_all_choices(parts: list[list[Option]], budget: int) -> None:
+    """The cost is the least of every choice within the budget, and the budget is kept."""
+    every = [
+        (sum(o.size_bytes for o in choice), sum(o.cost for o in choice))
+        for choice in product(*parts)
+    ]
+    within = [cost for size, cost in every if size <= budget]
+    best = Front(parts).best(budget)
+    if best is None:
+        assert not within
+        return
+    assert best.size_bytes <= budget
+    assert best.cost == pytest.approx(min(within), rel=1e-9, abs=1e-9)
+    picked = [options[i] for options, i in zip(parts, best.picks, strict=True)]
+    assert best.size_bytes == sum(option.size_bytes for option in picked)
+    assert best.cost == pytest.approx(sum(option.cost for option in picked))
+
+
+def test_thinned_front_keeps_its_word(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A front that was thinned has far fewer points, and costs within the factor that it names."""
+    rng = np.random.default_rng(0)
+    parts = [
+        [
+            Option(int(size), float(cost))
+            for size, cost in zip(
+                np.sort(rng.integers(1, 1 << 20, 4)), -np.sort(-rng.exponential(1, 4)), strict=True
+            )
+        ]
+        for _ in range(9)
+    ]
+    whole = Front(parts)
+    monkeypatch.setattr("glm_quant.fit.solve._MOST_POINTS", 16)
+    monkeypatch.setattr("glm_quant.fit.solve._THINNING", 0.05)
+    thin = Front(parts)
+    assert whole.slack == 1 < thin.slack
+    assert len(thin.sizes) < len(whole.sizes) / 2
+    for size in np.linspace(whole.sizes[0], whole.sizes[-1], 50):
+        exact, near = whole.best(int(size)), thin.best(int(size))
+        assert exact
+        assert near
+        assert near.size_bytes <= size
+        assert exact.cost <= near.cost <= exact.cost * thin.slack
+
+
+def test_targets(release: Path) -> None:
+    """Files count 10⁹, bits per weight count tensors, a machine has 2³⁰ less system and caches."""
+    geometry = Geometry.from_config(json.loads((release / "config.json").read_text()))
+    assert parse_target("238GB", geometry, 1).size_bytes == 238 * 10**9
+    assert parse_target("238 gb", geometry, 1).headers
+    assert parse_target("2.56bpw", geometry, 1000).size_bytes == 320
+    mac = parse_target("256GB Mac at 32K context", geometry, 1)
+    cache = memory_need(geometry, 0, 32 << 10).total_bytes
+    assert mac.size_bytes == machine_bytes(256) - RESERVED_BYTES - cache
+    with pytest.raises(RecipeError, match="nothing is left for weights"):
+        parse_target("16GB Mac at 8K", geometry, 1)
+    with pytest.raises(RecipeError, match=r"--target small: this is no target\. Give a size"):
+        parse_target("small", geometry, 1)
+
+
+def no_tokens() -> TokenSet:
+    """Tokens of a fit that must not ask for any."""
+    raise AssertionError("error needs no tokens")
+
+
+def fitted(source: Path, output: Path, target: str, *floors: str, bands: int = 2) -> str:
+    """Fit by error; return what the recipe file says."""
+    settings = FitSettings("demo", parse_floors(floors), bands, "error")
+    result = fit(Checkpoint.open(source), target, output, settings, no_tokens)
+    assert result.output == output
+    return output.read_text()
+
+
+def test_recipe_plans_to_the_bytes_it_names(small: Path, tmp_path: Path) -> None:
+    """The file reads as a recipe whose plan has the bytes of its comment, within the budget."""
+    text = fitted(small, tmp_path / "mine.yaml", "6.5bpw")
+    plan = make_plan(Checkpoint.open(small), load_recipe(tmp_path / "mine.yaml"))
+    said = re.search(r"plans to ([\d,]+) bytes of tensors and ([\d,]+) of files", text)
+    assert said
+    assert int(said[1].replace(",", "")) == plan.tensor_bytes
+    assert int(said[2].replace(",", "")) == sum(shard.size_bytes for shard in plan.shards)
+    assert plan.bits_per_weight <= 6.5
+    assert "for a target of 6.5bpw" in text
+    assert "No other choice within the budget has a lower sum" in text
+
+
+def test_size_includes_headers(small: Path, tmp_path: Path) -> None:
+    """A target in bytes holds whole files: a byte less than a fit's gives another fit."""
+    source = Checkpoint.open(small)
+    sizes: list[int] = []
+    for name, target in (("a.yaml", "1.8MB"), ("b.yaml", "")):
+        fitted(small, tmp_path / name, target or f"{(sizes[0] - 1) / 1000:.3f}KB")
+        plan = make_plan(source, load_recipe(tmp_path / name))
+        sizes.append(sum(shard.size_bytes for shard in plan.shards))
+    assert sizes[1] < sizes[0] <= 1_800_000
+
+
+def test_floors_are_kept(small: Path, tmp_path: Path) -> None:
+    """No weight of the group has fewer bits, and what another budget measured is not again."""
+    fitted(small, tmp_path / "a.yaml", "6.5bpw")
+    records = tmp_path / ".a.glm-quant" / "records"
+    stamps = {path.name: path.stat().st_mtime_ns for path in records.iterdir()}
+    (tmp_path / "a.yaml").unlink()
+    fitted(small, tmp_path / "a.yaml", "6.5bpw", "attention=6", "lm_head=4")
+    assert {path.name: path.stat().st_mtime_ns for path in records.iterdir()} == stamps
+    least = {"attention": 6, "lm_head": 4}
+    plan = make_plan(Checkpoint.open(small), load_recipe(tmp_path / "a.yaml"))
+    bits = [
+        (one.scheme.bits, least[one.weight.group])
+        for one in plan.weights
+        if isinstance(one.scheme, Quantized) and one.weight.group in least
+    ]
+    assert bits
+    assert all(has >= needs for has, needs in bits)
+
+
+def test_bad_input_is_said_before_anything_is_read(small: Path, tmp_path: Path) -> None:
+    """Impossible targets, floors of what is not fitted, words that mean nothing, a file there."""
+    with pytest.raises(RecipeError, match=r"the smallest build has [\d,]+ bytes of tensors"):
+        fitted(small, tmp_path / "a.yaml", "1bpw")
+    with pytest.raises(RecipeError, match="--floor router has nothing to hold"):
+        fitted(small, tmp_path / "a.yaml", "4bpw", "router=8")
+    with pytest.raises(RecipeError, match=r"--floor attention: give group=bits"):
+        parse_floors(["attention"])
+    with pytest.raises(RecipeError, match="no scheme has at least 9 bits"):
+        fitted(small, tmp_path / "a.yaml", "4bpw", "attention=9")
+    with pytest.raises(RecipeError, match=r"--measure guess: give one of kl, error"):
+        parse_measure("guess")
+    assert not list(tmp_path.iterdir())
+    (tmp_path / "a.yaml").write_text("mine")
+    with pytest.raises(OutputError, match="there already"):
+        fitted(small, tmp_path / "a.yaml", "4bpw")
+
+
+def test_rules_of_the_recipe_stay(small: Path) -> None:
+    """Patterns keep their weights and their place; groups with a dtype are not fitted."""
+    recipe = parse_recipe(
+        "name: r\ndescription: d\nrules:\n"
+        "  - {match: embed_q$, bits: 8}\n"
+        "  - {group: [attention, routed_experts], bits: 4}\n"
+        "  - {group: mtp, drop: true}\n"
+        "  - {match: '.*', dtype: source}\n",
+        "r.yaml",
+    )
+    parts = divide(make_plan(Checkpoint.open(small), recipe), recipe, 1, {})
+    assert {part.kind.group for part in parts} == {"attention", "routed_experts"}
+    paths = {one.weight.path for part in parts for one in part.weights}
+    assert not any(path.endswith("embed_q") for path in paths)
+    assert any(path.endswith("unembed_out") for path in paths)
+
+
+def test_trial_has_the_values_of_the_build(made: Made) -> None:
+    """Every weight of a trial, experts and heads too, is exactly what the build stands for."""
+    planned = {p.weight.path: p for p in made.plan.weights if isinstance(p.scheme, Quantized)}
+    trial = TrialWeights(made.checkpoint, planned)
+    build = BuildWeights(made.output)
+    compared = 0
+    for layer in (0, made.plan.geometry.num_hidden_layers - 1):  # dense, sparse
+        prefix = f"model.layers.{layer}."
+        ours = trial.values(prefix, [])
+        for name, value in build.values(prefix, list(ours)).items():
+            if f"{prefix}{name}".removesuffix(".weight") in planned:
+                np.testing.assert_array_equal(np.array(ours[name]), np.array(value))
+                compared += 1
+        if trial.args.sparse_layers[layer]:
+            for mine, theirs in zip(
+                trial.experts(layer, [1, 3]), build.experts(layer, [1, 3]), strict=True
+            ):
+                for a, b in zip(mine[1], theirs[1], strict=True):
+                    np.testing.assert_array_equal(np.array(a), np.array(b))
+                    compared += 1
+    np.testing.assert_array_equal(np.array(trial.head(5, 9)), np.array(build.head(5, 9)))
+    assert compared > 12
+
+
+def test_more_bits_cost_less(small: Path, tmp_path: Path) -> None:
+    """By both measures; states of what was tried do not stay."""
+    source = Checkpoint.open(small)
+    recipe = load_recipe("demo")
+    parts = divide(make_plan(source, recipe), recipe, 1, {})
+    part = next(part for part in parts if part.kind.title == "routed_experts down")
+    wanted = [
+        scheme
+        for scheme in part.schemes
+        if (scheme.bits, scheme.group_size) in ((2, 32), (4, 64), (8, 64))
+    ]
+    tokens = make_token_set(source, DivergenceSettings(tokens=64, context=32))
+    for meter in (ErrorMeter(source), DivergenceMeter(source, tokens, tmp_path)):
+        costs = meter.costs(part, wanted)
+        assert costs == sorted(costs, reverse=True)
+        assert costs[0] > 10 * costs[-1] > 0
+    assert not list(tmp_path.glob("trial-*"))
