@@ -64,10 +64,11 @@ def parse_floors(said: Sequence[str] | None) -> dict[ComponentGroup, int]:
     Raises:
         RecipeError: one is not of that form, or names no group.
     """
+    names: dict[str, ComponentGroup] = {group: group for group in GROUPS}
     floors: dict[ComponentGroup, int] = {}
     for text in said or ():
         name, _, bits = text.partition("=")
-        group = {known: known for known in GROUPS}.get(name)
+        group = names.get(name)
         if group is None or not bits.isdecimal():
             raise RecipeError(
                 f"--floor {text}: give group=bits, as attention=4; groups are {', '.join(GROUPS)}."
@@ -84,10 +85,10 @@ def parse_measure(said: str | None) -> Measure | None:
     """
     if said is None:
         return None
-    known = {measure: measure for measure in MEASURES}.get(said)
-    if known is None:
+    names: dict[str, Measure] = {measure: measure for measure in MEASURES}
+    if said not in names:
         raise RecipeError(f"--measure {said}: give one of {', '.join(MEASURES)}.")
-    return known
+    return names[said]
 
 
 def fit(
