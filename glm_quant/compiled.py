@@ -1,45 +1,43 @@
-"""Compiled loops, and where they are kept between runs.
+"""Loops that are compiled when they are first called.
 
-What a reader would get wrong: numba's own cache is not safe between processes. It numbers the files
-of a function's variants (signatures, closures) by what its index holds at the moment, so two
-processes that compile two variants at once write both to one file, and from then on one variant
-runs the other's code: 2-bit packing where 4-bit was meant, without an error. Here a file's name
-follows from its content's key, so that no two variants share one.
+Importing numba takes a second, which commands that compute nothing need not wait for.
 """
 
-import hashlib
+import threading
 from collections.abc import Callable
+from functools import cached_property
 from typing import Any
 
-import numba
-from numba.core.caching import IndexDataCacheFile
-
-# Values are finite where loops compute, so a minimum needs no care for NaN, and which of -0 and +0
-# it gives does not matter. Nothing that changes a rounding is allowed: no "contract", no "arcp".
-_RELAXED = {"nnan", "nsz"}
+_importing = threading.RLock()
 
 
-class KeyedCacheFile(IndexDataCacheFile):
-    """An index and its data files, each named after the hash of its key and its source's stamp."""
+class Compiled:
+    """A loop, compiled and kept (`glm_quant.compiling`) at its first call."""
 
-    def save(self, key: Any, data: Any) -> None:
-        """Save a variant: its data before the entry that speaks of it."""
-        digest = hashlib.sha256(repr((self._source_stamp, key)).encode()).hexdigest()
-        name = self._data_name(int(digest[:16], 16))
-        self._save_data(name, data)
-        self._save_index({**self._load_index(), key: name})
+    def __init__(self, loop: Callable[..., Any]) -> None:
+        self._loop: Any = loop
+
+    @cached_property
+    def dispatcher(self) -> Any:
+        """Numba's form of it; loops that it calls get theirs first, since numba looks for them."""
+        with _importing:
+            from glm_quant.compiling import compile_loop
+
+            names = self._loop.__globals__
+            for name in self._loop.__code__.co_names:
+                if isinstance(called := names.get(name), Compiled):
+                    names[name] = called.dispatcher
+            return compile_loop(self._loop)
+
+    def __call__(self, *arguments: Any) -> Any:
+        """Run it."""
+        return self.dispatcher(*arguments)
 
 
 def compiled(loop: Callable[..., Any]) -> Any:
-    """Compile a loop when it is first called, and keep it; every operation in it is IEEE 754's.
+    """Compile a loop when it is first called, and keep it.
 
-    A loop may call others of its own file only: it is compiled again when that file changes.
+    A loop may call others of its own file only, by their names there: it is compiled again when
+    that file changes.
     """
-    made: Any = numba.njit(nogil=True, fastmath=_RELAXED, error_model="numpy", cache=True)(loop)
-    cache: Any = made._cache
-    cache._cache_file = KeyedCacheFile(
-        cache_path=cache._cache_path,
-        filename_base=cache._impl.filename_base,
-        source_stamp=cache._impl.locator.get_source_stamp(),
-    )
-    return made
+    return Compiled(loop)

@@ -1,8 +1,11 @@
 """Compiled loops are kept so that processes side by side cannot mix them up."""
 
+import subprocess
+import sys
 from pathlib import Path
 
-from glm_quant.compiled import KeyedCacheFile, compiled
+from glm_quant.compiled import compiled
+from glm_quant.compiling import KeyedCacheFile
 
 
 def test_variants_saved_at_the_same_time(tmp_path: Path) -> None:
@@ -47,4 +50,10 @@ def test_loops_are_kept() -> None:
     for _ in range(2):
         loop = compiled(_double)
         assert loop(1.5) == 3.0
-    assert sum(loop.stats.cache_hits.values()) == 1
+    assert sum(loop.dispatcher.stats.cache_hits.values()) == 1
+
+
+def test_commands_that_compute_nothing_do_without_numba() -> None:
+    """Numba's import takes longer than many a command."""
+    code = "import sys, flows.cli, glm_quant.quantize.command; sys.exit('numba' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
