@@ -12,34 +12,40 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from huggingface_hub import ModelCard
 from jinja2 import Environment, StrictUndefined
 
 from glm_quant.artifact import write_atomic
 from glm_quant.errors import CardError
 from glm_quant.evaluation.divergence_record import DivergenceRecord, Estimate
-from glm_quant.evaluation.records import Measurements
-from glm_quant.report import charts
+from glm_quant.evaluation.records import EvaluationRecord, Measurements
+from glm_quant.report import benchmarks, charts
 from glm_quant.report import format as say
 from glm_quant.report.correctness import ParityRow, parity_value
+from glm_quant.report.front_matter import front_matter, main_scheme
 from glm_quant.report.inputs import BuildFacts, CardInputs, PlanFacts, SourceFacts
 from glm_quant.report.memory import (
-    RESERVED_BYTES,
-    WIRED_SHARE,
     active_params,
     machine_bytes,
     machine_fits,
+    machines,
     memory_need,
     memory_needs,
 )
+from glm_quant.report.prefill import CHUNK
+from glm_quant.report.quality_charts import (
+    Point,
+    bits_chart,
+    divergence_chart,
+    layers_chart,
+    needle_chart,
+)
+from glm_quant.report.size_charts import footprint_chart, memory_chart, recipe_chart
 
 __all__ = ["BuildFacts", "CardInputs", "PlanFacts", "SourceFacts", "render_card", "write_card"]
 
 ASSETS = "assets"
 CARD_NAME = "README.md"
-
-# Licences of GLM releases that the Hub knows by identifier; any other is "other" with a name.
-_HUB_LICENSES = ("mit", "apache-2.0")
 
 
 @dataclass(frozen=True)
@@ -52,7 +58,12 @@ class _Facts:
     build: BuildFacts
     parity: tuple[ParityRow, ...]
     divergence: DivergenceRecord
-    measured: Measurements
+    evaluation: EvaluationRecord
+
+    @property
+    def measured(self) -> Measurements:
+        """What was measured of this build."""
+        return self.evaluation.measurements
 
     @property
     def base_model(self) -> str | None:
@@ -109,16 +120,36 @@ def make_charts(inputs: CardInputs) -> list[charts.Chart]:
     facts = _require(inputs)
     plan, needle = facts.plan, facts.measured.needle
     needs = memory_needs(plan.geometry, plan.tensor_bytes, plan.context_limit)
-    shown = [charts.recipe_chart(plan.groups), charts.divergence_chart(facts.divergence.rows)]
+    shown = [recipe_chart(plan.groups), divergence_chart(facts.divergence.rows)]
     others = other_builds(plan.params)
     if others:
         own = f"This build, {plan.bits_per_weight:.2f} bpw"
-        shown.append(charts.footprint_chart(own, plan.tensor_bytes, others))
+        shown.append(footprint_chart(own, plan.tensor_bytes, others))
     if needle is not None:
-        shown.append(charts.needle_chart(needle))
+        shown.append(needle_chart(needle))
     if len(inputs.layer_errors) > 1:
-        shown.append(charts.layers_chart(inputs.layer_errors))
-    return [*shown, charts.memory_chart(needs)]
+        shown.append(layers_chart(inputs.layer_errors))
+    if compared := _compared(facts):
+        own_kl = facts.divergence.row().mean_kl.value
+        shown.append(bits_chart(Point("this build", plan.bits_per_weight, own_kl), compared))
+    return [*shown, memory_chart(needs)]
+
+
+def _compared(facts: _Facts) -> list[Point]:
+    """Return the baselines whose KL was measured on the same tokens: builds of the same source.
+
+    Their bits are those that stock mlx-lm had in memory after loading them.
+    """
+    kl = {
+        each.baseline: each.baseline_value
+        for each in facts.divergence.comparisons
+        if each.measure == "mean_kl"
+    }
+    return [
+        Point(each.name, each.measurements.load.mlx_bytes * 8 / facts.plan.params, kl[each.name])
+        for each in facts.evaluation.baselines
+        if each.name in kl
+    ]
 
 
 def other_builds(params: int) -> list[tuple[str, float]]:
@@ -146,7 +177,7 @@ def _require(inputs: CardInputs) -> _Facts:
     source, plan, build = inputs.source, inputs.plan, inputs.build
     parity, divergence, evaluation = inputs.parity, inputs.divergence, inputs.evaluation
     if source and plan and build and parity and divergence and evaluation:
-        return _Facts(inputs, source, plan, build, parity, divergence, evaluation.measurements)
+        return _Facts(inputs, source, plan, build, parity, divergence, evaluation)
     needed = {
         "download": source, "plan": plan, "assemble": build, "parity": parity,
         "divergence": divergence, "evaluate": evaluation
@@ -176,13 +207,23 @@ def _text(facts: _Facts, shown: Sequence[charts.Chart]) -> str:
         "estimate": _estimate,
         "bucket": _bucket,
         "parity_value": parity_value,
+        "measure_name": benchmarks.measure_name,
         "parity_bound": _parity_bound,
         "fit_text": _fit_text,
         "gibibytes": lambda size_bytes: f"{size_bytes / 2**30:,.1f} GiB",
     }
     source = files("glm_quant.report").joinpath("card.md.jinja").read_text(encoding="utf-8")
     body = environment.from_string(source).render(_context(facts, shown))
-    front = front_matter(facts).to_yaml(line_break="\n")
+    inputs = facts.inputs
+    metadata = front_matter(
+        inputs.name,
+        inputs.recipe,
+        facts.plan,
+        facts.measured,
+        facts.divergence,
+        facts.base_model,
+    )
+    front = metadata.to_yaml(line_break="\n")
     card = ModelCard(f"---\n{front}\n---\n\n{body.strip()}\n")
     return str(card)
 
@@ -210,93 +251,15 @@ def _context(facts: _Facts, shown: Sequence[charts.Chart]) -> dict[str, Any]:
         "short": memory_need(geometry, plan.tensor_bytes, min(8192, limit)),
         "fits": machine_fits(geometry, plan.tensor_bytes, limit),
         "machine_bytes": machine_bytes,
-        "wired_share": WIRED_SHARE,
-        "reserved_bytes": RESERVED_BYTES,
+        "machines": machines(),
+        "chunk": CHUNK,
         "charts": {chart.name: chart for chart in shown},
         "builds": _builds(),
+        "scheme": main_scheme(plan),
+        "columns": benchmarks.columns(facts.evaluation),
+        "scores": benchmarks.rows(facts.evaluation),
+        "paired": benchmarks.paired([*facts.divergence.comparisons, *facts.evaluation.comparisons]),
     }
-
-
-def front_matter(facts: _Facts) -> ModelCardData:
-    """Return the card's metadata."""
-    publish = facts.inputs.recipe.publish
-    known = publish.license in _HUB_LICENSES
-    extra: dict[str, Any] = {"base_model_relation": "quantized"} if facts.base_model else {}
-    return ModelCardData(
-        language=list(publish.languages),
-        license=publish.license if known else "other",
-        license_name=None if known else publish.license,
-        license_link=None if known else "LICENSE",
-        library_name="mlx",
-        pipeline_tag="text-generation",
-        tags=_tags(facts),
-        base_model=facts.base_model,
-        model_name=facts.inputs.name,
-        eval_results=[*_eval_results(facts.measured), *_divergence_results(facts.divergence)],
-        **extra,
-    )
-
-
-def _tags(facts: _Facts) -> list[str]:
-    """Return tags; the bits are those of most parameters."""
-    by_scheme: dict[str, int] = {}
-    for group in facts.plan.groups:
-        for scheme, params in group.schemes.items():
-            by_scheme[scheme] = by_scheme.get(scheme, 0) + params
-    largest = max(by_scheme, key=lambda scheme: by_scheme[scheme])
-    bits = [largest.partition(" ")[0]] if "-bit" in largest else []
-    mixed = ["mixed-precision"] if sum("-bit" in scheme for scheme in by_scheme) > 1 else []
-    return ["mlx", "glm_moe_dsa", "glm", "moe", "quantized", *mixed, *bits, "apple-silicon",
-            "conversational"]  # fmt: skip
-
-
-def _divergence_results(record: DivergenceRecord) -> list[EvalResult]:
-    row = record.row()
-    lengths = [length for part in record.slices for length in part.lengths]
-    values = (
-        ("kl_divergence", "mean KL divergence to the bf16 source, nats", row.mean_kl.value),
-        ("accuracy", "same most likely token as the source", row.top1_agreement.value),
-    )
-    return [
-        EvalResult(
-            task_type="text-generation",
-            dataset_type="token-set",  # its own: the Hub's client joins results of one type
-            dataset_name=", ".join(part.name for part in record.slices),
-            dataset_args={"tokens": sum(lengths), "context": max(lengths)},
-            metric_type=kind,
-            metric_name=name,
-            metric_value=round(value, 4),
-        )
-        for kind, name, value in values
-    ]
-
-
-def _eval_results(measured: Measurements) -> list[EvalResult]:
-    results = [
-        EvalResult(
-            task_type="text-generation",
-            dataset_type="text",
-            dataset_name=perplexity.text,
-            dataset_args={"sha256": perplexity.text_sha256, "tokens": perplexity.tokens},
-            metric_type="perplexity",
-            metric_name=f"perplexity (context {perplexity.context}, stride {perplexity.stride})",
-            metric_value=round(perplexity.value, 4),
-        )
-        for perplexity in measured.perplexity
-    ]
-    if measured.needle is not None:
-        results.append(
-            EvalResult(
-                task_type="text-generation",
-                dataset_type="needle",
-                dataset_name="needle in a text",
-                dataset_args={"sha256": measured.needle.text_sha256},
-                metric_type="accuracy",
-                metric_name="facts retrieved",
-                metric_value=round(measured.needle.score, 4),
-            )
-        )
-    return results
 
 
 def _figure(chart: charts.Chart) -> str:

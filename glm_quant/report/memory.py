@@ -4,48 +4,89 @@ What a reader would get wrong: a machine sold as "256 GB" has 256 · 2³⁰ byte
 sizes count 10⁹; here everything is bytes and only the labels round.
 """
 
+from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
+from importlib.resources import files
+
+import yaml
+from pydantic import BaseModel, ConfigDict
 
 from glm_quant.model.geometry import Geometry
-
-# The sizes that Apple has sold for models of this class.
-MACHINES_GB = (128, 192, 256, 512)
-
-# macOS lets the GPU wire about three quarters of the memory unless `iogpu.wired_limit_mb` is set
-# (Metal reports 144 of 192 GiB as recommendedMaxWorkingSetSize). The card calls it an assumption.
-WIRED_SHARE = 0.75
+from glm_quant.report.prefill import prefill_bytes
 
 _CONTEXTS = (8 << 10, 32 << 10, 128 << 10, 1 << 20)
 _GROUP = 64
+_STEP = 256  # mlx-lm's caches grow by as many tokens
+
+
+class Seen(BaseModel):
+    """What a machine of so many GB was seen to let its GPU wire, in GiB."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    gigabytes: int
+    wired: float
+    system: str
+    source: str
+
+
+class Machines(BaseModel):
+    """What is known of the machines that a build may run on, and from where.
+
+    Attributes:
+        gigabytes: the sizes that Apple has sold for models of this class, in GiB.
+        wired_share: the part of the memory that macOS lets the GPU wire by default.
+        wired_source: who says so.
+        wired_seen: what a newer system was seen to allow.
+        reserved: GiB left for the system when the limit is raised: an assumption.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    gigabytes: tuple[int, ...]
+    wired_share: float
+    wired_source: str
+    wired_seen: Seen
+    reserved: int
+
+
+@cache
+def machines() -> Machines:
+    """Return what is known of machines."""
+    text = files("glm_quant.report").joinpath("machines.yaml").read_text(encoding="utf-8")
+    return Machines.model_validate(yaml.safe_load(text))
 
 
 @dataclass(frozen=True)
 class MemoryNeed:
-    """Bytes that a context of `context` tokens needs; activations are not in it.
+    """Bytes that a context of `context` tokens needs.
 
     Attributes:
         latent_bytes: MLA's cache, normed latents and roped keys, 16-bit.
         indexer_bytes: the indexer's keys on full layers, 16-bit.
-        cache_8bit_bytes: both together as `--kv-bits 8` stores them, None where it cannot.
+        prefill_bytes: what comes on top while a prompt of that length is read.
+        cache_8bit_bytes: both caches as `--kv-bits 8` stores them, None where it cannot.
     """
 
     context: int
     weight_bytes: int
     latent_bytes: int
     indexer_bytes: int
+    prefill_bytes: int
     cache_8bit_bytes: int | None
 
     @property
     def total_bytes(self) -> int:
-        """Weights and 16-bit caches."""
-        return self.weight_bytes + self.latent_bytes + self.indexer_bytes
+        """The peak with 16-bit caches."""
+        return self.weight_bytes + self.latent_bytes + self.indexer_bytes + self.prefill_bytes
 
     @property
     def total_8bit_bytes(self) -> int | None:
-        """Weights and 8-bit caches, None where `--kv-bits 8` does not work."""
+        """The peak with 8-bit caches, None where `--kv-bits 8` does not work."""
         cache = self.cache_8bit_bytes
-        return None if cache is None else self.weight_bytes + cache
+        return None if cache is None else self.weight_bytes + cache + self.prefill_bytes
 
 
 def latent_bytes_per_token(geometry: Geometry) -> int:
@@ -83,6 +124,7 @@ def memory_need(geometry: Geometry, weight_bytes: int, context: int) -> MemoryNe
         weight_bytes=weight_bytes,
         latent_bytes=context * latent_bytes_per_token(geometry),
         indexer_bytes=context * indexer_bytes_per_token(geometry),
+        prefill_bytes=prefill_bytes(geometry, context),
         cache_8bit_bytes=None if narrow is None else context * narrow,
     )
 
@@ -111,7 +153,7 @@ class MachineFit:
 
     Attributes:
         by_default: within macOS's default wired share, 16-bit caches.
-        raised: with the wired limit raised to all but `RESERVED_BYTES`, 16-bit caches.
+        raised: with the wired limit raised to all but the reserve, 16-bit caches.
         raised_8bit: the same with 8-bit caches.
     """
 
@@ -121,27 +163,30 @@ class MachineFit:
     raised_8bit: int | None
 
 
-# Kept for the system, its applications and the activations when the limit is raised: an assumption.
-RESERVED_BYTES = 16 << 30
-
-
 def machine_fits(geometry: Geometry, weight_bytes: int, limit: int) -> list[MachineFit]:
     """Return what each machine can hold."""
-    wide = latent_bytes_per_token(geometry) + indexer_bytes_per_token(geometry)
-    narrow = cache_8bit_bytes_per_token(geometry)
+    known = machines()
 
-    def longest(available: float, per_token: int) -> int:
-        return max(min(int((available - weight_bytes) // per_token), limit), 0)
+    def longest(available: float, narrow: bool = False) -> int:
+        def need(context: int) -> float:
+            whole = memory_need(geometry, weight_bytes, context)
+            narrowed = whole.total_8bit_bytes
+            return whole.total_bytes if not narrow or narrowed is None else narrowed
+
+        contexts = range(_STEP, limit + 1, _STEP)
+        return bisect_right(contexts, available, key=need) * _STEP
 
     fits: list[MachineFit] = []
-    for gigabytes in MACHINES_GB:
+    for gigabytes in known.gigabytes:
         memory = machine_bytes(gigabytes)
+        left = memory - machine_bytes(known.reserved)
+        narrow = cache_8bit_bytes_per_token(geometry) is not None
         fits.append(
             MachineFit(
                 gigabytes,
-                longest(memory * WIRED_SHARE, wide),
-                longest(memory - RESERVED_BYTES, wide),
-                None if narrow is None else longest(memory - RESERVED_BYTES, narrow),
+                longest(memory * known.wired_share),
+                longest(left),
+                longest(left, narrow=True) if narrow else None,
             )
         )
     return fits

@@ -42,8 +42,7 @@ def plan_summary(
     if context_limit:
         need = memory_need(plan.geometry, plan.tensor_bytes, min(8192, context_limit))
         lines.append(
-            f"{say.size(need.total_bytes)} of memory to run at {say.tokens(need.context)} tokens, "
-            "without activations"
+            f"{say.size(need.total_bytes)} of memory to read {say.tokens(need.context)} tokens"
         )
     if schedule:
         lines.append(

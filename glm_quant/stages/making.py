@@ -88,7 +88,7 @@ class PlanFigures(BaseModel):
         source_shards: how many source shards are read.
         open_outputs: the most output shards that are begun and not full at a time.
         peak_disk_bytes: the output and the source shards that stand on disk beside it.
-        memory_bytes: weights and 16-bit caches at some context lengths, without activations.
+        memory_bytes: weights, 16-bit caches and prefill at some context lengths.
         dropped: tensors of the source that are left out.
     """
 

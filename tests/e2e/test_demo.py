@@ -14,6 +14,7 @@ from glm_quant.artifact import sha256_file
 from glm_quant.recipe import load_recipe
 from glm_quant.testbed import tiny_glm_path
 from glm_quant.workspace import Workspace
+from tests.card_numbers import unexplained
 from tests.e2e.command_line import CommandLine
 
 
@@ -62,6 +63,7 @@ def test_demo_ends_with_a_published_checkpoint_and_its_card(
             "publish",
         )
     }
+    assert unexplained((published / "README.md").read_text(), workspace) == []
     verified = embedded.run("verify", published, "--source", str(tiny_glm_path()), "--json")
     assert json.loads(verified.stdout)["rederived_blocks"] > 0
 

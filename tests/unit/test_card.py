@@ -159,6 +159,7 @@ def test_every_section_is_there_in_order(card: str) -> None:
         "Metrics",
         "Why this model",
         "Quality",
+        "Benchmarks",
         "Recipe",
         "Correctness",
         "Usage",
@@ -175,11 +176,12 @@ def test_numbers_are_those_of_the_records(card: str) -> None:
         "**237.9 GB** (221.5 GiB), 3,355 tensors in 46 shards",
         "743.4B parameters, 40.30B active per token",
         "| Bits per weight | **2.560** |",
-        "**3.700** ± 0.042",
+        "| **3.700 ± 0.042** |",
         "| Routed experts | 2-bit g64 search | 724.8B | 97.5 % | 226.5 GB | 95.2 % |",
         "| KL divergence to the source, mean, nats | 0.3210 | ≤ 0.8 |",
         "| Same most likely token as the source | 81.5 % | ≥ 70.0 % |",
         "| 512 | 128.0 | 20.0 | 238.1 GB |",
+        "| 8K | 237.9 GB | 736.1 MB | 44.04 MB | 1.29 GB | **240.0 GB** | 239.6 GB |",
         "takes 89,856 bytes for MLA and 5,376 for the indexer",
         "at revision `b4734de4`, 282 shards, 59,585 tensors",
         f"sha256 `{'ef' * 32}`",
@@ -198,7 +200,7 @@ def test_figures_follow_the_records(inputs: CardInputs) -> None:
     text = render_card(
         replace(inputs, evaluation=inputs.evaluation.model_copy(update={"measurements": changed}))
     )
-    assert text.count("5.432") == 3  # front matter, metrics, quality
+    assert text.count("5.432") == 3  # front matter, metrics, benchmarks
     assert "3.700" not in text
 
 
@@ -228,8 +230,8 @@ def test_writing_leaves_card_and_charts(inputs: CardInputs, tmp_path: Path) -> N
         "recipe",
         "footprint",
         "divergence",
-        "needle",
         "layers",
+        "needle",
         "memory",
     ]
     assert {p.replace(".png", "-dark.png") for p in pictures} | set(pictures) < set(written)
@@ -274,7 +276,7 @@ def test_plan_summary_has_exact_totals(plan: Plan) -> None:
     text = shown(plan_summary(plan, "dynamic-2.56bpw", 1 << 20))
     assert "743,377,019,904 parameters at 2.56005 bits per weight" in text
     assert "237,885,660,672 bytes of tensors in 46 shards" in text
-    assert "238.7 GB of memory to run at 8K tokens" in text
+    assert "240.0 GB of memory to read 8K tokens" in text
     assert re.search(
         r"Routed experts +724\.8B +97\.5 % +2-bit g64 search +226\.5 GB +95\.2 %", text
     )

@@ -1,9 +1,12 @@
 """`glm-quant card`: the card of a finished build, rendered again from its workspace alone."""
 
+import re
 import shutil
+from importlib.resources import files
 from pathlib import Path
 
 import pytest
+from jinja2 import Environment
 
 from glm_quant.artifact import Record
 from glm_quant.build import Build, BuildSpec
@@ -23,6 +26,7 @@ from glm_quant.stages.proving import (
     ParityStageRecord,
 )
 from glm_quant.stages.releasing import CardStage, render_again
+from tests.card_numbers import CONSTANTS, numbers, unexplained
 from tests.card_records import EPYC, PARITY, divergence_record, evaluation
 
 RECIPE = """\
@@ -166,3 +170,37 @@ def test_a_workspace_in_use_is_left_alone(workspace: Path) -> None:
     build = open_build(workspace)
     with build.workspace.locked(), pytest.raises(BusyError):
         render_again(build.workspace)
+
+
+def test_every_number_is_derived_from_the_records(workspace: Path) -> None:
+    """Whatever stands on the card can be computed again from the JSON of the records."""
+    card = (workspace / "work" / "checkpoint" / "README.md").read_text()
+    assert unexplained(card, workspace / "work") == []
+    assert len(numbers(card)) > 200
+
+
+@pytest.mark.parametrize(
+    ("at", "typed", "found"),
+    [
+        ("## Why this model", "It is 31.7 % faster.", "31.7 %"),
+        ("## Quality", "Perplexity 3.141.", "3.141"),
+        ("## Hardware and memory", "It fits 187.3 GB.", "187.3 GB"),
+        ("## Recipe", "| Experts | 3-bit | 1.23B |", "3-bit"),
+    ],
+)
+def test_a_number_that_someone_typed_is_found(
+    workspace: Path, at: str, typed: str, found: str
+) -> None:
+    """The check can fail: a figure in the template that no record has is told."""
+    card = (workspace / "work" / "checkpoint" / "README.md").read_text()
+    assert found in unexplained(card.replace(at, f"{at}\n\n{typed}\n"), workspace / "work")
+
+
+def test_the_template_itself_has_no_numbers() -> None:
+    """Outside commands, its own words have only those constants that are given a reason."""
+    template = files("glm_quant.report").joinpath("card.md.jinja").read_text()
+    words = "".join(
+        text for _, kind, text in Environment(autoescape=True).lex(template) if kind == "data"
+    )
+    found = numbers(re.sub(r"```.*?```", "", words, flags=re.DOTALL))
+    assert set(found) <= CONSTANTS.keys(), set(found) - CONSTANTS.keys()

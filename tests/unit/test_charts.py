@@ -10,19 +10,10 @@ from glm_quant.checkpoint.reader import Checkpoint
 from glm_quant.evaluation.records import Needle, NeedleTrial
 from glm_quant.quantize.plan import Plan, make_plan
 from glm_quant.recipe import load_recipe
-from glm_quant.report.charts import (
-    DARK,
-    LIGHT,
-    Chart,
-    Theme,
-    footprint_chart,
-    layers_chart,
-    memory_chart,
-    needle_chart,
-    recipe_chart,
-    render,
-)
+from glm_quant.report.charts import DARK, LIGHT, Chart, Theme, render
 from glm_quant.report.memory import memory_needs
+from glm_quant.report.quality_charts import Point, bits_chart, layers_chart, needle_chart
+from glm_quant.report.size_charts import footprint_chart, memory_chart, recipe_chart
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +44,8 @@ def shown(plan: Plan) -> dict[str, Chart]:
         memory_chart(memory_needs(plan.geometry, plan.tensor_bytes, 1 << 20)),
         needle_chart(Needle(text_sha256="0", method="m", trials=trials)),
     )
-    made = (*made, layers_chart([0.1, 0.15, 0.3, 0.25]))
+    own, four = Point("this build", 2.56, 0.31), Point("uniform 4 bits", 4.5, 0.02)
+    made = (*made, layers_chart([0.1, 0.15, 0.3, 0.25]), bits_chart(own, [four]))
     return {chart.name: chart for chart in made}
 
 
@@ -65,6 +57,7 @@ def shown(plan: Plan) -> dict[str, Chart]:
         ("footprint", DARK),
         ("needle", DARK),
         ("layers", LIGHT),
+        ("bits", DARK),
     ],
 )
 def test_chart_is_the_same_bytes_each_time(
@@ -82,7 +75,7 @@ def test_chart_is_the_same_bytes_each_time(
     assert 0.02 < inked.mean() < 0.9
 
 
-@pytest.mark.parametrize("name", ["recipe", "footprint", "memory", "needle", "layers"])
+@pytest.mark.parametrize("name", ["recipe", "footprint", "memory", "needle", "layers", "bits"])
 def test_nothing_is_cut_at_the_edges(shown: dict[str, Chart], name: str, tmp_path: Path) -> None:
     """The outermost pixels are paper: no text or bar runs off the picture."""
     pixels = imread(render(shown[name], LIGHT, tmp_path))[..., :3]
@@ -112,9 +105,17 @@ def test_alt_text_of_the_footprint_names_the_machine(shown: dict[str, Chart]) ->
 
 
 def test_alt_text_of_memory_has_every_context(shown: dict[str, Chart]) -> None:
-    """The same figures as the card's table."""
-    assert "8K tokens: 238.7 GB (8-bit cache 238.3 GB)" in shown["memory"].alt
-    assert "1M tokens: 337.7 GB (8-bit cache 290.9 GB)" in shown["memory"].alt
+    """The same figures as the card's table, and what a machine has left."""
+    alt = shown["memory"].alt
+    assert "8K tokens: 240.0 GB (34.92 GB left of 256 GB, with 8-bit caches 239.6 GB)" in alt
+    assert "1M tokens: 340.6 GB (209.2 GB left of 512 GB, with 8-bit caches 293.8 GB)" in alt
+
+
+def test_alt_text_of_bits_has_every_build_in_order(shown: dict[str, Chart]) -> None:
+    """Only measured points, by their bits."""
+    assert shown["bits"].alt.endswith(
+        "this build 0.3100 at 2.56 bits, uniform 4 bits 0.0200 at 4.50 bits"
+    )
 
 
 def test_alt_text_of_the_needle_has_every_length(shown: dict[str, Chart]) -> None:

@@ -16,6 +16,7 @@ from glm_quant.report.memory import (
     latent_bytes_per_token,
     machine_bytes,
     machine_fits,
+    machines,
     memory_need,
     memory_needs,
 )
@@ -39,10 +40,12 @@ def test_release_caches_are_as_computed_by_hand(glm: Geometry) -> None:
 
 
 def test_needs_go_to_the_context_limit(glm: Geometry) -> None:
-    """8K to 1M tokens; the sum is weights and both caches."""
+    """8K to 1M tokens; the peak is weights, both caches and what reading the prompt takes."""
     needs = memory_needs(glm, WEIGHTS, 1 << 20)
     assert [need.context for need in needs] == [8 << 10, 32 << 10, 128 << 10, 1 << 20]
-    assert needs[-1].total_bytes == WEIGHTS + (1 << 20) * (89_856 + 5_376)
+    last = needs[-1]
+    assert last.total_bytes == WEIGHTS + (1 << 20) * (89_856 + 5_376) + last.prefill_bytes
+    assert 1.2e9 < needs[0].prefill_bytes < last.prefill_bytes < 3e9
     assert [need.context for need in memory_needs(glm, WEIGHTS, 4096)] == [1024, 2048, 4096]
 
 
@@ -53,7 +56,17 @@ def test_machines_hold_what_fits(glm: Geometry) -> None:
     assert fits[256].by_default == 0 < fits[256].raised < (fits[256].raised_8bit or 0)
     assert fits[512].by_default == 1 << 20
     longest = memory_need(glm, WEIGHTS, fits[256].raised)
-    assert longest.total_bytes <= machine_bytes(256) - (16 << 30) < longest.total_bytes + 95_232
+    more = memory_need(glm, WEIGHTS, fits[256].raised + 256)
+    assert longest.total_bytes <= machine_bytes(256) - (8 << 30) < more.total_bytes
+
+
+def test_facts_of_machines_have_their_source() -> None:
+    """What a card says of macOS was said by somebody: a page is named."""
+    known = machines()
+    assert all(
+        source.startswith("github.com/") for source in (known.wired_source, known.wired_seen.source)
+    )
+    assert known.wired_share <= known.wired_seen.wired / known.wired_seen.gigabytes < 1
 
 
 def test_active_parameters_of_the_release(glm: Geometry) -> None:
@@ -77,7 +90,8 @@ def test_runtime_caches_take_what_the_model_says(bits: int) -> None:
     stored = [tree_flatten([cache.keys, cache.values]) for cache in caches]
     held = sum(array.nbytes for arrays in stored for _, array in arrays)
     need = memory_need(Geometry.from_config(config), 0, tokens)
-    assert held == (need.total_bytes if bits == 16 else need.total_8bit_bytes)
+    wide = need.latent_bytes + need.indexer_bytes
+    assert held == (wide if bits == 16 else need.cache_8bit_bytes)
 
 
 def test_rows_that_are_no_multiple_of_the_group_have_no_8_bit_cache() -> None:

@@ -1,0 +1,154 @@
+"""What a build and its baselines scored: rows with a column each, and differences with their error.
+
+What a reader would get wrong: speeds and memory of another machine say nothing here, so a baseline
+that was measured elsewhere has no cell in those rows.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from glm_quant.evaluation.records import Comparison, EvaluationRecord, Measurements
+from glm_quant.report import format as say
+
+NOTHING = "–"
+
+_TASKS = {"hellaswag": "HellaSwag", "piqa": "PIQA", "winogrande": "WinoGrande"}
+_MEASURES = {
+    "mean_kl": "KL to the source, mean",
+    "p99_kl": "KL to the source, 99 %",
+    "top1_agreement": "same top token as the source",
+    "nll": "loss on the source's tokens",
+    "perplexity": "perplexity, strided",
+    "peer_perplexity": "perplexity, `mlx_lm.perplexity`",
+    "needle": "needle retrieval",
+    "loops": "outputs that end in a loop",
+    "repeated_share": "repeated share of the worst output",
+    "longest_repeat": "longest repeat in tokens",
+    "load_seconds": "load time in seconds",
+    "peak_rss_gb": "resident memory in GB",
+    "mlx_peak_gb": "MLX's peak memory in GB",
+}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One figure: its name, a cell of each build, this one's last, and how it was measured."""
+
+    name: str
+    cells: tuple[str, ...]
+    how: str
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A figure of one build; `of_machine` where it holds for the machine it was measured on."""
+
+    text: str
+    how: str = ""
+    of_machine: bool = False
+
+
+def columns(record: EvaluationRecord) -> list[str]:
+    """Return the baselines' names; this build's column comes after them."""
+    return [baseline.name for baseline in record.baselines]
+
+
+def rows(record: EvaluationRecord) -> list[Row]:
+    """Return every figure of this build, beside the baselines'."""
+    own = record.measurements
+    found: list[Row] = []
+    others = [(each.measurements, figures(each.measurements)) for each in record.baselines]
+    for name, figure in figures(own).items():
+        cells: list[str] = []
+        for measured, theirs in others:
+            known = theirs.get(name)
+            strange = figure.of_machine and measured.machine != own.machine
+            cells.append(NOTHING if known is None or strange else known.text)
+        found.append(Row(name, (*cells, figure.text), figure.how))
+    return found
+
+
+def figures(measured: Measurements) -> dict[str, Figure]:
+    """Return a build's figures under the names of their rows."""
+    return {**_losses(measured), **_tasks(measured), **_outputs(measured), **_speeds(measured)}
+
+
+def _losses(measured: Measurements) -> dict[str, Figure]:
+    found: dict[str, Figure] = {}
+    for each in measured.perplexity:
+        how = f"{each.tokens:,} tokens; {each.method}; text sha256 {each.text_sha256[:16]}"
+        name = f"Perplexity, strided, {each.text}"
+        found[name] = Figure(_with_error(each.value, each.standard_error), how)
+    peer = measured.peer_perplexity
+    if peer is not None:
+        how = (
+            f"`mlx_lm.perplexity`: {peer.samples:,} sequences of {peer.sequence_length:,} tokens, "
+            f"seed {peer.seed}"
+        )
+        name = f"Perplexity, {peer.dataset}"
+        found[name] = Figure(_with_error(peer.value, peer.standard_error), how)
+    return found
+
+
+def _tasks(measured: Measurements) -> dict[str, Figure]:
+    harness = measured.harness
+    if harness is None:
+        return {}
+    found: dict[str, Figure] = {}
+    shots = "the task's own" if harness.shots is None else str(harness.shots)
+    for task in harness.tasks:
+        how = (
+            f"lm-evaluation-harness {harness.version}, task version {task.version}, {shots} shots, "
+            f"{len(task.items):,} items of {task.dataset}, seed {harness.seed}"
+        )
+        name = f"{_TASKS.get(task.task, task.task)} ({task.score.metric})"
+        found[name] = Figure(_with_error(task.score.value, task.score.standard_error), how)
+    return found
+
+
+def _outputs(measured: Measurements) -> dict[str, Figure]:
+    found: dict[str, Figure] = {}
+    needle, coherence = measured.needle, measured.coherence
+    if needle is not None:
+        low, high = needle.interval()
+        text = f"{say.percent(needle.score)} ({say.percent(low)} to {say.percent(high)})"
+        how = f"{len(needle.trials):,} prompts, 95 % interval; {needle.method}"
+        found["Needle retrieval"] = Figure(text, how)
+    if coherence is not None:
+        tokens = max(output.tokens for output in coherence.outputs)
+        how = f"up to {tokens:,} tokens each; {coherence.method}"
+        text = f"{coherence.loops} of {len(coherence.outputs)}"
+        found["Long outputs that end in a loop"] = Figure(text, how)
+        share = say.percent(coherence.repeated_share)
+        how = f"of {coherence.ngram}-grams, in the worst output"
+        found["Repeated share of long outputs"] = Figure(share, how)
+    return found
+
+
+def _speeds(measured: Measurements) -> dict[str, Figure]:
+    found: dict[str, Figure] = {}
+    for speed in measured.speed:
+        after = f"after {speed.prompt_tokens:,} tokens"
+        how = f"greedy, one sequence, {speed.generated_tokens:,} tokens made"
+        found[f"Generation {after}, tok/s"] = Figure(f"{speed.decode_rate:.2f}", how, True)
+    return found
+
+
+def _with_error(value: float, error: float | None) -> str:
+    return f"{value:.3f}" + ("" if error is None else f" ± {error:.3f}")
+
+
+def measure_name(comparison: Comparison) -> str:
+    """Return a comparison's measure as a reader knows it."""
+    kind, _, which = comparison.measure.partition("/")
+    if kind == "harness":
+        return _TASKS.get(which, which)
+    if kind in ("prefill", "decode"):
+        return f"{kind} after {int(which):,} tokens, tok/s"
+    name = _MEASURES.get(kind, kind)
+    return f"{name}, {which}" if which else name
+
+
+def paired(comparisons: Sequence[Comparison]) -> list[Comparison]:
+    """Return the comparisons whose difference has an error: those that were taken pair by pair."""
+    return [each for each in comparisons if each.standard_error is not None]
