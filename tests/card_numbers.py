@@ -67,6 +67,9 @@ def derived(records: dict[str, Any]) -> Iterator[str]:
     yield from _of_divergence(records["divergence"])
     yield from _of_parity(records["parity"]["found"])
     yield from _of_evaluation(records["evaluate"])
+    for each in records["evaluate"].get("baselines", []):
+        loaded = each["measurements"]["load"]["mlx_bytes"]
+        yield f"{loaded * 8 / records['plan']['plan']['params']:.2f}"
     yield from _of_memory(records)
 
 
@@ -114,6 +117,7 @@ def _of_divergence(record: dict[str, Any]) -> Iterator[str]:
 def _of_comparisons(comparisons: Iterable[dict[str, Any]]) -> Iterator[str]:
     for each in comparisons:
         yield from (f"{each['value']:.4g}", f"{each['baseline_value']:.4g}")
+        yield f"{each['baseline_value']:.4f}"
         yield f"{each['difference']:+.4g}"
         yield from (f"{each['standard_error'] or 0:.2g}", f"{each['pairs']:,}")
 
@@ -156,6 +160,7 @@ def _of_measurements(measured: dict[str, Any]) -> Iterator[str]:
     if harness:
         yield from (str(harness["shots"]), str(harness["seed"]))
         yield from (f"{len(task['items']):,}" for task in tasks)
+        yield from (task["version"] for task in tasks)
     if coherence := measured.get("coherence"):
         yield from _of_outputs(coherence)
     if measured["needle"]:
@@ -267,7 +272,9 @@ def _prose(card: str) -> str:
     body = card.split("\n---\n", 1)[1]
     body = re.sub(r"```.*?```", "", body, flags=re.DOTALL)
     body = re.sub(r"\]\([^)]*\)", "]", body)
-    return re.sub(r"\\(.)", r"\1", body).replace("&lt;", "<").replace("**", "").replace("2³⁰", "")
+    return (
+        re.sub(r"\\(.)", r"\1", body).replace("&lt;", "<").replace("\u00a0", " ").replace("**", "")
+    )
 
 
 def _without_words(text: str, records: dict[str, Any]) -> str:

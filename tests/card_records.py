@@ -9,9 +9,14 @@ from glm_quant.evaluation.divergence_record import (
     SliceFacts,
     make_rows,
 )
+from glm_quant.evaluation.peer_records import Harness, HarnessScore, HarnessTask, PeerPerplexity
 from glm_quant.evaluation.records import (
+    BaselineMeasurements,
+    Coherence,
+    Comparison,
     EvaluationRecord,
     Load,
+    LongOutput,
     Machine,
     Measurements,
     Needle,
@@ -128,3 +133,102 @@ def divergence_record() -> DivergenceRecord:
         compare_seconds=1.0,
         versions={},
     )
+
+
+def rich_evaluation(machine: Machine) -> EvaluationRecord:
+    """All that a recipe can ask for, with a baseline of the same machine and one of another."""
+    record = evaluation(machine)
+    measured = record.measurements.model_copy(
+        update={"peer_perplexity": PEER, "harness": HARNESS, "coherence": COHERENCE}
+    )
+    other = M3 if machine == EPYC else EPYC
+    here = measured.model_copy(update={"load": Load(seconds=80.0, mlx_bytes=328_482_627_072)})
+    there = measured.model_copy(update={"machine": other, "harness": None, "needle": None})
+    return record.model_copy(
+        update={
+            "measurements": measured,
+            "baselines": (
+                BaselineMeasurements(name="3.5 bpw", build="aa", measurements=here),
+                BaselineMeasurements(name="uni~form|4", build="bb", measurements=there),
+            ),
+            "comparisons": (
+                compared("perplexity", "3.5 bpw", (3.69999, 2.81401), (0.0311, 99)),
+                compared("harness/piqa", "3.5 bpw", (0.796, 0.828), (0.0123, 500)),
+                compared("decode/512", "3.5 bpw", (20.0, 21.29), (None, 0)),
+            ),
+        }
+    )
+
+
+def rich_divergence() -> DivergenceRecord:
+    """The record with the mean KL of a baseline on the same tokens."""
+    kl = compared("mean_kl", "3.5 bpw", (0.5, 0.117), (0.0112, 2))
+    return divergence_record().model_copy(update={"comparisons": (kl,)})
+
+
+def compared(
+    measure: str, baseline: str, values: tuple[float, float], error: tuple[float | None, int]
+) -> Comparison:
+    return Comparison(
+        measure=measure,
+        baseline=baseline,
+        value=values[0],
+        baseline_value=values[1],
+        difference=values[0] - values[1],
+        standard_error=error[0],
+        pairs=error[1],
+    )
+
+
+PEER = PeerPerplexity(
+    dataset="allenai/tulu-3-sft-mixture",
+    dataset_sha256=None,
+    sequence_length=2048,
+    samples=50,
+    seed=123,
+    batch_size=8,
+    value=3.8501,
+    standard_error=0.0217,
+    sequence_nll=[1.348] * 50,
+    method="mlx_lm.perplexity",
+)
+HARNESS = Harness(
+    version="0.4.11",
+    shots=0,
+    limit=500,
+    seed=123,
+    chat_template=False,
+    method="mlx_lm.evaluate",
+    tasks=[
+        HarnessTask(
+            task=task,
+            version="1.0",
+            dataset=dataset,
+            dataset_sha256=None,
+            metric=metric,
+            scores=[HarnessScore(metric=metric, value=value, standard_error=0.0215)],
+            items=[1.0] * 500,
+        )
+        for task, dataset, metric, value in (
+            ("hellaswag", "Rowan/hellaswag", "acc_norm", 0.636),
+            ("piqa", "baber/piqa", "acc", 0.796),
+            ("winogrande", "allenai/winogrande", "acc", 0.708),
+        )
+    ],
+)
+COHERENCE = Coherence(
+    ngram=20,
+    method="greedy <think> output",
+    outputs=[
+        LongOutput(
+            prompt="Tell a long story.",
+            tokens=4096,
+            ended=False,
+            repeated_share=0.0312,
+            longest_repeat=41,
+            loop_period=period,
+            text="Once",
+        )
+        for period in (None, 7)
+    ],
+)

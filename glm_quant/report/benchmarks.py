@@ -19,7 +19,7 @@ _MEASURES = {
     "top1_agreement": "same top token as the source",
     "nll": "loss on the source's tokens",
     "perplexity": "perplexity, strided",
-    "peer_perplexity": "perplexity, `mlx_lm.perplexity`",
+    "peer_perplexity": "perplexity, as mlx_lm.perplexity",
     "needle": "needle retrieval",
     "loops": "outputs that end in a loop",
     "repeated_share": "repeated share of the worst output",
@@ -82,8 +82,8 @@ def _losses(measured: Measurements) -> dict[str, Figure]:
     peer = measured.peer_perplexity
     if peer is not None:
         how = (
-            f"`mlx_lm.perplexity`: {peer.samples:,} sequences of {peer.sequence_length:,} tokens, "
-            f"seed {peer.seed}"
+            f"as mlx_lm.perplexity does it: {peer.samples:,} sequences of "
+            f"{peer.sequence_length:,} tokens, seed {peer.seed}"
         )
         name = f"Perplexity, {peer.dataset}"
         found[name] = Figure(_with_error(peer.value, peer.standard_error), how)
@@ -129,7 +129,7 @@ def _speeds(measured: Measurements) -> dict[str, Figure]:
     found: dict[str, Figure] = {}
     for speed in measured.speed:
         after = f"after {speed.prompt_tokens:,} tokens"
-        how = f"greedy, one sequence, {speed.generated_tokens:,} tokens made"
+        how = "" if found else f"greedy, one sequence, {speed.generated_tokens:,} tokens made"
         found[f"Generation {after}, tok/s"] = Figure(f"{speed.decode_rate:.2f}", how, True)
     return found
 

@@ -213,7 +213,7 @@ def _text(facts: _Facts, shown: Sequence[charts.Chart]) -> str:
         "gibibytes": lambda size_bytes: f"{size_bytes / 2**30:,.1f} GiB",
     }
     source = files("glm_quant.report").joinpath("card.md.jinja").read_text(encoding="utf-8")
-    body = environment.from_string(source).render(_context(facts, shown))
+    body = _unbroken(environment.from_string(source).render(_context(facts, shown)))
     inputs = facts.inputs
     metadata = front_matter(
         inputs.name,
@@ -226,6 +226,15 @@ def _text(facts: _Facts, shown: Sequence[charts.Chart]) -> str:
     front = metadata.to_yaml(line_break="\n")
     card = ModelCard(f"---\n{front}\n---\n\n{body.strip()}\n")
     return str(card)
+
+
+def _unbroken(text: str) -> str:
+    """Return Markdown whose numbers stay on a line with their units and errors, but for code."""
+    parts = re.split(r"(```.*?```|`[^`\n]*`)", text, flags=re.DOTALL)
+    joined = [re.sub(r"(?<=\d) (?=%|±|[kMGT]B\b|GiB\b)|(?<=±) (?=\d)", "\u00a0", part)
+              for part in parts[::2]]  # fmt: skip
+    parts[::2] = joined
+    return "".join(parts)
 
 
 def _context(facts: _Facts, shown: Sequence[charts.Chart]) -> dict[str, Any]:

@@ -10,6 +10,10 @@ from pathlib import Path
 import pytest
 import yaml
 from huggingface_hub import ModelCard
+from huggingface_hub.repocard_data import (
+    eval_results_to_model_index,
+    model_index_to_eval_results,
+)
 from rich.console import Console
 
 from glm_quant.checkpoint.reader import Checkpoint
@@ -28,7 +32,15 @@ from glm_quant.report.card import (
 )
 from glm_quant.report.correctness import layer_errors, parity_rows
 from glm_quant.report.summary import plan_summary, result_summary
-from tests.card_records import EPYC, M3, PARITY, divergence_record, evaluation
+from tests.card_records import (
+    EPYC,
+    M3,
+    PARITY,
+    divergence_record,
+    evaluation,
+    rich_divergence,
+    rich_evaluation,
+)
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +76,19 @@ def inputs(plan: Plan) -> CardInputs:
 
 @pytest.fixture(scope="module")
 def card(inputs: CardInputs) -> str:
-    return render_card(inputs)
+    return plain(render_card(inputs))
+
+
+@pytest.fixture(scope="module")
+def rich(inputs: CardInputs) -> str:
+    """Give the card of a build with every measurement, and with baselines."""
+    whole = replace(inputs, evaluation=rich_evaluation(M3), divergence=rich_divergence())
+    return plain(render_card(whole))
+
+
+def plain(card: str) -> str:
+    """Give a card's text with ordinary spaces."""
+    return card.replace("\u00a0", " ")
 
 
 def outside_code(text: str) -> str:
@@ -75,7 +99,7 @@ def outside_code(text: str) -> str:
 
 def test_rendering_again_gives_the_same_text(inputs: CardInputs, card: str) -> None:
     """Nothing in it depends on when or where it is rendered."""
-    assert render_card(inputs) == card
+    assert plain(render_card(inputs)) == card
 
 
 @pytest.mark.parametrize(
@@ -112,9 +136,9 @@ def test_divergence_table_is_the_records(inputs: CardInputs, card: str) -> None:
     assert "+0.2500 ± 0.0000 nats a token" in card
 
 
-def test_front_matter_is_what_the_hub_reads(card: str) -> None:
-    """huggingface_hub parses it back, with base model, relation, tags and results."""
-    data = ModelCard(card).data.to_dict()
+def test_front_matter_is_what_the_hub_reads(rich: str) -> None:
+    """huggingface_hub parses it back, with base model, relation, tags, bits and results."""
+    data = ModelCard(rich).data.to_dict()
     assert data["base_model"] == "zai-org/GLM-5.2"
     assert data["base_model_relation"] == "quantized"
     assert (data["library_name"], data["pipeline_tag"], data["license"]) == (
@@ -124,14 +148,38 @@ def test_front_matter_is_what_the_hub_reads(card: str) -> None:
     )
     assert data["language"] == ["en", "zh"]
     assert {"mlx", "glm_moe_dsa", "2-bit", "mixed-precision"} <= set(data["tags"])
-    results = yaml.safe_load(card.split("---\n")[1])["model-index"][0]["results"]
+    assert data["quantization"] == {"bits": 2, "group_size": 64, "bits_per_weight": 2.56005}
+    results = yaml.safe_load(rich.split("---\n")[1])["model-index"][0]["results"]
     assert [[metric["type"] for metric in r["metrics"]] for r in results] == [
         ["perplexity"],
+        ["perplexity"],
         ["accuracy"],
+        ["acc_norm"],
+        ["acc"],
+        ["acc"],
         ["kl_divergence", "accuracy"],
     ]
     assert results[0]["metrics"][0]["value"] == 3.7
     assert results[0]["dataset"]["args"]["sha256"] == "ab" * 32
+
+
+def test_results_survive_the_clients_own_reading(rich: str) -> None:
+    """Model-index to results and back: names, values and datasets are what was written.
+
+    Each result has what the Hub asks for: task and dataset by type, a metric by type and value.
+    """
+    index = yaml.safe_load(rich.split("---\n")[1])["model-index"]
+    name, results = model_index_to_eval_results(index)
+    assert name == "GLM-5.2-MLX-Dynamic-2.56bpw"
+    assert len(results) == 8
+    for result in results:
+        assert result.task_type == "text-generation"
+        assert isinstance(result.metric_value, float)
+        assert result.dataset_type
+        assert result.dataset_name
+        assert result.metric_type
+    again = eval_results_to_model_index(name, results)
+    assert again == index
 
 
 def test_licence_unknown_to_the_hub_is_other_with_a_name(inputs: CardInputs) -> None:
@@ -145,12 +193,65 @@ def test_licence_unknown_to_the_hub_is_other_with_a_name(inputs: CardInputs) -> 
     assert front["license_link"] == "LICENSE"
 
 
-def test_no_text_vanishes_or_is_struck_through(card: str) -> None:
-    """No bare tilde, no raw tag outside code; also where a text's name has them."""
-    body = outside_code(card)
+def test_no_text_vanishes_or_is_struck_through(rich: str) -> None:
+    """No bare tilde, no raw tag outside code; also where a record's words have them."""
+    body = outside_code(rich)
     assert not re.search(r"(?<!\\)~", body)
     assert not re.search(r"<[a-zA-Z/]", body)
     assert r"wiki \~a\~ &lt;b>" in body
+    assert "greedy &lt;think> output" in body
+
+
+def test_tables_are_well_formed(rich: str) -> None:
+    """Every row has the cells of its head, an empty line comes before, and none is open."""
+    lines = outside_code(rich).splitlines()
+    heads = [
+        i for i, line in enumerate(lines) if re.fullmatch(r"\|(?:-*:?\|)+|\|(?:-+:?\|)+", line)
+    ]
+    assert len(heads) == 10
+    for head in heads:
+        cells = len(split_cells(lines[head]))
+        assert lines[head - 2] == ""
+        row = head - 1
+        while lines[row]:
+            assert lines[row].startswith("|"), lines[row]
+            assert lines[row].endswith("|"), lines[row]
+            assert len(split_cells(lines[row])) == cells, lines[row]
+            row += 1
+        assert row > head + 1, lines[head - 1]
+
+
+def split_cells(line: str) -> list[str]:
+    return re.split(r"(?<!\\)\|", line)[1:-1]
+
+
+def test_baselines_are_columns_before_this_build(rich: str) -> None:
+    """A baseline that was measured on another machine has no speeds here."""
+    assert r"| | 3.5 bpw | uni\~form\|4 | **this** |" in rich
+    assert "| HellaSwag (acc\\_norm) | 0.636 ± 0.021 | – | **0.636 ± 0.021** |" in rich
+    assert "| Generation after 512 tokens, tok/s | 20.00 | – | **20.00** |" in rich
+    assert "| Long outputs that end in a loop | 1 of 2 | 1 of 2 | **1 of 2** |" in rich
+
+
+def test_differences_have_their_paired_error(rich: str) -> None:
+    """Only what was taken pair by pair; speeds have no error and are columns alone."""
+    assert "| KL to the source, mean, 3.5 bpw | 0.5 | 0.117 | **+0.383** ± 0.011 | 2 |" in rich
+    assert "| PIQA, 3.5 bpw | 0.796 | 0.828 | **-0.032** ± 0.012 | 500 |" in rich
+    assert "decode after" not in rich
+
+
+def test_quality_by_bits_is_charted_where_builds_were_compared(rich: str, card: str) -> None:
+    """Its points: this build, and the baselines with a KL on the same tokens."""
+    assert "this build 0.5000 at 2.56 bits, 3.5 bpw 0.1170 at 3.54 bits](assets/bits.png)" in rich
+    assert "assets/bits.png" not in card
+
+
+def test_numbers_stay_with_their_units(inputs: CardInputs) -> None:
+    """On a phone "± 0.042" and "95.2 %" do not break; commands keep their ordinary spaces."""
+    text = render_card(inputs)
+    assert "3.700\u00a0±\u00a00.042" in text
+    assert "226.5\u00a0GB | 95.2\u00a0% |" in text
+    assert all("\u00a0" not in block for block in re.findall(r"```.*?```", text, re.DOTALL))
 
 
 def test_every_section_is_there_in_order(card: str) -> None:
@@ -207,7 +308,7 @@ def test_figures_follow_the_records(inputs: CardInputs) -> None:
 def test_speeds_from_another_machine_are_marked(inputs: CardInputs, card: str) -> None:
     """A reader with a Mac must not take a server's speeds for his own."""
     assert "not measured on Apple Silicon" not in card
-    other = render_card(replace(inputs, evaluation=evaluation(EPYC)))
+    other = plain(render_card(replace(inputs, evaluation=evaluation(EPYC))))
     assert "not measured on Apple Silicon" in other
     assert r"AMD EPYC (Linux x86\_64, 2 cores, 24 GB, cpu)" in other
 

@@ -27,7 +27,7 @@ from glm_quant.stages.proving import (
 )
 from glm_quant.stages.releasing import CardStage, render_again
 from tests.card_numbers import CONSTANTS, numbers, unexplained
-from tests.card_records import EPYC, PARITY, divergence_record, evaluation
+from tests.card_records import EPYC, PARITY, rich_divergence, rich_evaluation
 
 RECIPE = """\
 name: again
@@ -66,10 +66,10 @@ def run(build: Build) -> None:
     made = BuildRecord.load(build.workspace.records / "assemble.json")
     assert made is not None
     found = ParityStageRecord(fingerprint="", found=PARITY)
-    compared = divergence_record().model_copy(update={"build": made.manifest_sha256})
+    compared = rich_divergence().model_copy(update={"build": made.manifest_sha256})
     keep(ParityStage(build), found)
     keep(DivergenceStage(build), compared)
-    keep(EvaluationStage(build), evaluation(EPYC))
+    keep(EvaluationStage(build), rich_evaluation(EPYC))
     CardStage(build).run(ignore)
 
 
