@@ -273,7 +273,11 @@ def _prose(card: str) -> str:
     body = re.sub(r"```.*?```", "", body, flags=re.DOTALL)
     body = re.sub(r"\]\([^)]*\)", "]", body)
     return (
-        re.sub(r"\\(.)", r"\1", body).replace("&lt;", "<").replace("\u00a0", " ").replace("**", "")
+        re.sub(r"\\(.)", r"\1", body)
+        .replace("&lt;", "<")
+        .replace("\u00a0", " ")
+        .replace("\u2011", "-")
+        .replace("**", "")
     )
 
 

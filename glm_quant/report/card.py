@@ -22,7 +22,7 @@ from glm_quant.evaluation.records import EvaluationRecord, Measurements
 from glm_quant.report import benchmarks, charts
 from glm_quant.report import format as say
 from glm_quant.report.correctness import ParityRow, parity_value
-from glm_quant.report.front_matter import front_matter, main_scheme
+from glm_quant.report.front_matter import front_matter
 from glm_quant.report.inputs import BuildFacts, CardInputs, PlanFacts, SourceFacts
 from glm_quant.report.memory import (
     active_params,
@@ -229,11 +229,11 @@ def _text(facts: _Facts, shown: Sequence[charts.Chart]) -> str:
 
 
 def _unbroken(text: str) -> str:
-    """Return Markdown whose numbers stay on a line with their units and errors, but for code."""
+    """Return Markdown whose numbers stay on a line with units, errors, exponents, but for code."""
     parts = re.split(r"(```.*?```|`[^`\n]*`)", text, flags=re.DOTALL)
-    joined = [re.sub(r"(?<=\d) (?=%|±|[kMGT]B\b|GiB\b)|(?<=±) (?=\d)", "\u00a0", part)
-              for part in parts[::2]]  # fmt: skip
-    parts[::2] = joined
+    for i in range(0, len(parts), 2):
+        joined = re.sub(r"(?<=\d) (?=%|±|[kMGT]B\b|GiB\b)|(?<=±) (?=\d)", "\u00a0", parts[i])
+        parts[i] = re.sub(r"(?<=\de)-(?=\d)", "\u2011", joined)
     return "".join(parts)
 
 
@@ -242,6 +242,8 @@ def _context(facts: _Facts, shown: Sequence[charts.Chart]) -> dict[str, Any]:
     routed = facts.params_of("routed_experts")
     embeddings = facts.params_of("embeddings")
     limit = plan.context_limit or 32 << 10
+    short = memory_need(geometry, plan.tensor_bytes, min(8192, limit))
+    holding = [g for g in machines().gigabytes if machine_bytes(g) > short.total_bytes]
     return {
         "name": facts.inputs.name,
         "recipe": facts.inputs.recipe,
@@ -257,14 +259,14 @@ def _context(facts: _Facts, shown: Sequence[charts.Chart]) -> dict[str, Any]:
         "active": active_params(geometry, plan.params, routed, embeddings),
         "full_layers": geometry.indexer_types.count("full"),
         "needs": memory_needs(geometry, plan.tensor_bytes, limit),
-        "short": memory_need(geometry, plan.tensor_bytes, min(8192, limit)),
+        "short": short,
+        "smallest": holding[0] if holding else None,
         "fits": machine_fits(geometry, plan.tensor_bytes, limit),
         "machine_bytes": machine_bytes,
         "machines": machines(),
         "chunk": CHUNK,
         "charts": {chart.name: chart for chart in shown},
         "builds": _builds(),
-        "scheme": main_scheme(plan),
         "columns": benchmarks.columns(facts.evaluation),
         "scores": benchmarks.rows(facts.evaluation),
         "paired": benchmarks.paired([*facts.divergence.comparisons, *facts.evaluation.comparisons]),

@@ -118,7 +118,9 @@ def memory_chart(needs: Sequence[MemoryNeed]) -> Chart:
             for value, colour in zip(_parts(need), colours, strict=True):
                 axes.barh(y, value, left=left, color=colour, height=0.4, zorder=2)
                 left += value
-            label = f"{say.tokens(need.context)} tokens: {say.size(left)} · {_left(need)}"
+            label = f"{say.tokens(need.context)} tokens: {say.size(left)}"
+            if shown:
+                label += f" · {_left(need)}"
             axes.text(0, y - 0.26, label, va="bottom", fontsize=11.5, zorder=1.5, bbox=halo(theme))
         axes.set(xlim=(0, limit), ylim=(len(needs) - 0.6, -1.1 if shown else -0.75))
         _machines(axes, theme, shown, top=-0.85)
@@ -129,7 +131,7 @@ def memory_chart(needs: Sequence[MemoryNeed]) -> Chart:
         bare(axes)
 
     limit = max([most, *(machine_bytes(g) for g in shown)]) * 1.05
-    listed = ", ".join(_need(need) for need in needs)
+    listed = ", ".join(_need(need, bool(shown)) for need in needs)
     alt = f"Peak memory with weights of {say.size(needs[0].weight_bytes)}, by context: {listed}"
     return Chart("memory", alt, 1.6 + (0.35 if shown else 0.0) + 0.66 * len(needs), draw)
 
@@ -147,11 +149,13 @@ def _left(need: MemoryNeed) -> str:
     return f"more than {machines().gigabytes[-1]} GB"
 
 
-def _need(need: MemoryNeed) -> str:
+def _need(need: MemoryNeed, on_machines: bool) -> str:
+    """Return a need in words, with what is left of a machine where machines matter."""
     narrow = need.total_8bit_bytes
-    other = "" if narrow is None else f", with 8-bit caches {say.size(narrow)}"
+    more = [_left(need)] if on_machines else []
+    more += [] if narrow is None else [f"with 8-bit caches {say.size(narrow)}"]
     whole = f"{say.tokens(need.context)} tokens: {say.size(need.total_bytes)}"
-    return f"{whole} ({_left(need)}{other})"
+    return f"{whole} ({', '.join(more)})" if more else whole
 
 
 def _machines(axes: Axes, theme: Theme, gigabytes: Sequence[int], top: float) -> None:

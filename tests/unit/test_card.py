@@ -87,8 +87,8 @@ def rich(inputs: CardInputs) -> str:
 
 
 def plain(card: str) -> str:
-    """Give a card's text with ordinary spaces."""
-    return card.replace("\u00a0", " ")
+    """Give a card's text with ordinary spaces and hyphens."""
+    return card.replace("\u00a0", " ").replace("\u2011", "-")
 
 
 def outside_code(text: str) -> str:
@@ -251,6 +251,7 @@ def test_numbers_stay_with_their_units(inputs: CardInputs) -> None:
     text = render_card(inputs)
     assert "3.700\u00a0±\u00a00.042" in text
     assert "226.5\u00a0GB | 95.2\u00a0% |" in text
+    assert "| 2.0e\u201106 | ≤ 2e\u201105 |" in text
     assert all("\u00a0" not in block for block in re.findall(r"```.*?```", text, re.DOTALL))
 
 
@@ -283,6 +284,8 @@ def test_numbers_are_those_of_the_records(card: str) -> None:
         "| Same most likely token as the source | 81.5 % | ≥ 70.0 % |",
         "| 512 | 128.0 | 20.0 | 238.1 GB |",
         "| 8K | 237.9 GB | 736.1 MB | 44.04 MB | 1.29 GB | **240.0 GB** | 239.6 GB |",
+        "holds 8K tokens has **256 GB**: of its 274.9 GB, 34.92 GB are left",
+        "| 256 GB | does not fit | 274K tokens | 509K tokens |",
         "takes 89,856 bytes for MLA and 5,376 for the indexer",
         "at revision `b4734de4`, 282 shards, 59,585 tensors",
         f"sha256 `{'ef' * 32}`",

@@ -8,12 +8,14 @@ from matplotlib.image import imread
 
 from glm_quant.checkpoint.reader import Checkpoint
 from glm_quant.evaluation.records import Needle, NeedleTrial
+from glm_quant.model.geometry import Geometry
 from glm_quant.quantize.plan import Plan, make_plan
 from glm_quant.recipe import load_recipe
 from glm_quant.report.charts import DARK, LIGHT, Chart, Theme, render
 from glm_quant.report.memory import memory_needs
 from glm_quant.report.quality_charts import Point, bits_chart, layers_chart, needle_chart
 from glm_quant.report.size_charts import footprint_chart, memory_chart, recipe_chart
+from glm_quant.testbed.synthetic import small_config
 
 
 @pytest.fixture(scope="module")
@@ -109,6 +111,13 @@ def test_alt_text_of_memory_has_every_context(shown: dict[str, Chart]) -> None:
     alt = shown["memory"].alt
     assert "8K tokens: 240.0 GB (34.92 GB left of 256 GB, with 8-bit caches 239.6 GB)" in alt
     assert "1M tokens: 340.6 GB (209.2 GB left of 512 GB, with 8-bit caches 293.8 GB)" in alt
+
+
+def test_a_small_model_is_not_set_against_machines() -> None:
+    """Any machine holds it: what is left of one would say nothing."""
+    needs = memory_needs(Geometry.from_config(small_config()), 3_000_000, 4096)
+    assert "left of" not in memory_chart(needs).alt
+    assert "with 8-bit" not in memory_chart(needs).alt
 
 
 def test_alt_text_of_bits_has_every_build_in_order(shown: dict[str, Chart]) -> None:
