@@ -1,8 +1,9 @@
 """What a fit aims at: bytes of files, bits per weight, or a machine with a context.
 
 What a reader would get wrong: "256GB" of a file is 256 · 10⁹ bytes, a Mac sold with 256 GB has
-256 · 2³⁰. Of a machine's memory, `report.memory.RESERVED_BYTES` are kept for the system, which
-supposes that the limit on wired memory is raised; caches are counted in 16 bits.
+256 · 2³⁰. Of a machine's memory, `report.memory.reserved_bytes` are kept for the system, which
+supposes that the limit on wired memory is raised; caches are counted in 16 bits, and so is what
+reading the prompt takes.
 """
 
 import re
@@ -10,7 +11,7 @@ from dataclasses import dataclass
 
 from glm_quant.errors import RecipeError
 from glm_quant.model.geometry import Geometry
-from glm_quant.report.memory import RESERVED_BYTES, machine_bytes, memory_need
+from glm_quant.report.memory import machine_bytes, memory_need, reserved_bytes
 
 _UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]B)", re.IGNORECASE)
@@ -55,17 +56,17 @@ def parse_target(text: str, geometry: Geometry, params: int) -> Budget:
         return Budget(said, size, headers=False, meaning=f"{said}: {size:,} bytes of tensors")
     if match := _MACHINE.fullmatch(said):
         memory, context = machine_bytes(int(match[1])), int(match[2]) << 10
-        cache = memory_need(geometry, 0, context).total_bytes
-        size = memory - RESERVED_BYTES - cache
+        cache, reserved = memory_need(geometry, 0, context).total_bytes, reserved_bytes()
+        size = memory - reserved - cache
         if size <= 0:
             raise RecipeError(
-                f"--target {said}: of {memory:,} bytes, {RESERVED_BYTES:,} are kept for the system "
+                f"--target {said}: of {memory:,} bytes, {reserved:,} are kept for the system "
                 f"and {cache:,} for the context, so nothing is left for weights. Name a larger "
                 "machine or a shorter context."
             )
         meaning = (
             f"{said}: {size:,} bytes of tensors, which are {memory:,} bytes less "
-            f"{RESERVED_BYTES:,} for the system and {cache:,} for 16-bit caches"
+            f"{reserved:,} for the system and {cache:,} for 16-bit caches and the prompt"
         )
         return Budget(said, size, headers=False, meaning=meaning)
     raise RecipeError(

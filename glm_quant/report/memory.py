@@ -147,6 +147,11 @@ def machine_bytes(gigabytes: int) -> int:
     return gigabytes << 30
 
 
+def reserved_bytes() -> int:
+    """Return what is left for the system when the wired limit is raised: an assumption."""
+    return machine_bytes(machines().reserved)
+
+
 @dataclass(frozen=True)
 class MachineFit:
     """The longest context, in tokens, that a machine holds beside the weights; 0 for none.
@@ -179,7 +184,7 @@ def machine_fits(geometry: Geometry, weight_bytes: int, limit: int) -> list[Mach
     fits: list[MachineFit] = []
     for gigabytes in known.gigabytes:
         memory = machine_bytes(gigabytes)
-        left = memory - machine_bytes(known.reserved)
+        left = memory - reserved_bytes()
         narrow = cache_8bit_bytes_per_token(geometry) is not None
         fits.append(
             MachineFit(

@@ -24,7 +24,7 @@ from glm_quant.model.geometry import Geometry
 from glm_quant.quantize.plan import make_plan
 from glm_quant.quantize.scheme import Quantized
 from glm_quant.recipe import DivergenceSettings, load_recipe, parse_recipe
-from glm_quant.report.memory import RESERVED_BYTES, machine_bytes, memory_need
+from glm_quant.report.memory import machine_bytes, memory_need, reserved_bytes
 from tests.conftest import Made
 
 OPTIONS = st.lists(
@@ -91,9 +91,9 @@ def test_targets(release: Path) -> None:
     assert parse_target("2.56bpw", geometry, 1000).size_bytes == 320
     mac = parse_target("256GB Mac at 32K context", geometry, 1)
     cache = memory_need(geometry, 0, 32 << 10).total_bytes
-    assert mac.size_bytes == machine_bytes(256) - RESERVED_BYTES - cache
+    assert mac.size_bytes == machine_bytes(256) - reserved_bytes() - cache
     with pytest.raises(RecipeError, match="nothing is left for weights"):
-        parse_target("16GB Mac at 8K", geometry, 1)
+        parse_target("8GB Mac at 8K", geometry, 1)
     with pytest.raises(RecipeError, match=r"--target small: this is no target\. Give a size"):
         parse_target("small", geometry, 1)
 
