@@ -210,8 +210,8 @@ def edit_tensor() -> Callable[[Path, str, Edit], str]:
         info = Checkpoint.open(folder).tensors[name]
         path = folder / info.shard
         data = bytearray(path.read_bytes())
-        view = np.frombuffer(data, np.uint16 if ITEM_SIZE[info.dtype] == 2 else np.uint32)
         item = ITEM_SIZE[info.dtype]
+        view = np.frombuffer(data, {1: np.uint8, 2: np.uint16, 4: np.uint32}[item])
         change(view[info.begin // item : info.end // item])
         path.write_bytes(data)
         return info.shard

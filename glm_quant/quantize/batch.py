@@ -169,7 +169,8 @@ class Batch:
         for key, entry in self._outputs.done.items():
             if key in sizes:
                 source, row, size = sizes[key]
-                account.note(source, row, entry.source_sha256, size)
+                digest = entry.source_sha256
+                account.note(source, row, digest, account.is_of_zeros(digest, size))
         return account
 
     def _job_bytes(self, job: Job) -> int:
@@ -190,7 +191,7 @@ class Batch:
 
         loaded = load_job(job, ledger.checkpoint, read)
         with self._account_lock:
-            self._account.note(job.source, job.begin_row, loaded.sha256, self._job_bytes(job))
+            self._account.note(job.source, job.begin_row, loaded.sha256, loaded.all_zero)
         pieces: list[Piece] = []
         fidelity: dict[str, Fidelity] = {}
         for made in encode_job(job, loaded, ledger.plan.geometry, self._unfinished):

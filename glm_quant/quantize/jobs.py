@@ -63,10 +63,14 @@ class Job:
 
 
 class LoadedRows(NamedTuple):
-    """A job's source rows, the sha256 of their stored bytes, and what messages call them."""
+    """A job's source rows; the sha256 of their stored bytes, whether those are all zero.
+
+    `where` is what messages call them.
+    """
 
     rows: Rows
     sha256: str
+    all_zero: bool
     where: str
 
 
@@ -146,7 +150,7 @@ def load_job(job: Job, checkpoint: Checkpoint, read: Read) -> LoadedRows:
         scales = stored.view(np.float32).reshape(scale_info.shape)
     where = f"{info.shard}: tensor {job.source}"
     rows = load_rows(data, info.dtype, job.width, where, scales=scales, first_row=job.begin_row)
-    return LoadedRows(rows, digest.hexdigest(), where)
+    return LoadedRows(rows, digest.hexdigest(), not data.any(), where)
 
 
 def encode_job(

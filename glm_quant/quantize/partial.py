@@ -23,6 +23,9 @@ from glm_quant.errors import IntegrityError
 from glm_quant.quantize.journal import Entry, Journal, Piece
 from glm_quant.quantize.plan import PlannedShard, PlannedTensor
 
+# Of an output that is read again, at a time.
+_READ_BYTES = 4 << 20
+
 
 class _Reading:
     """How far a shard was read again: the file's digest so far, and that of each tensor."""
@@ -232,14 +235,17 @@ class PartialOutputs:
     ) -> Iterator[bytes]:
         expected = tensor.offset
         for piece in sorted(pieces, key=lambda p: p.offset):
-            data = os.pread(self._files[tensor.shard], piece.size_bytes, piece.offset)
-            found = zlib.crc32(data)
+            found, end = 0, piece.offset + piece.size_bytes
+            for begin in range(piece.offset, end, _READ_BYTES):
+                size = min(_READ_BYTES, end - begin)
+                data = os.pread(self._files[tensor.shard], size, begin)
+                found = zlib.crc32(data, found)
+                yield data
             if piece.offset != expected or found != piece.crc32:
                 raise IntegrityError(
                     f"{shard}: tensor {tensor.name} changed on disk after it was written: CRC-32 "
                     f"{found:08x} at byte {piece.offset:,}, {piece.crc32:08x} was journaled."
                 )
-            yield data
             expected += piece.size_bytes
 
 

@@ -29,7 +29,7 @@ class Account:
         self._by_content: dict[str, str] = {}
         self._zeros: dict[int, str] = {}
 
-    def note(self, source: str, begin_row: int, digest: str, size_bytes: int) -> None:
+    def note(self, source: str, begin_row: int, digest: str, all_zero: bool) -> None:
         """Take note of one block of a tensor.
 
         Raises:
@@ -38,7 +38,7 @@ class Account:
         blocks = self._read.setdefault(source, {})
         if not blocks:
             self._all_zero.add(source)
-        if digest != self._digest_of_zeros(size_bytes):
+        if not all_zero:
             self._all_zero.discard(source)
         blocks[begin_row] = digest
         if len(blocks) == self._blocks[source]:
@@ -69,12 +69,17 @@ class Account:
                 "shards again, and if they are the same, the release itself is broken."
             )
 
-    def _digest_of_zeros(self, size: int) -> str:
+    def is_of_zeros(self, digest: str, size: int) -> bool:
+        """Whether a digest is that of so many zero bytes.
+
+        That of an FP8 block never is, since it covers the scales too: one that was read in an
+        earlier run counts as not zero.
+        """
         if size not in self._zeros:
-            digest = sha256()
+            zeros = sha256()
             block = bytes(1 << 20)
             for _ in range(size >> 20):
-                digest.update(block)
-            digest.update(block[: size & ((1 << 20) - 1)])
-            self._zeros[size] = digest.hexdigest()
-        return self._zeros[size]
+                zeros.update(block)
+            zeros.update(block[: size & ((1 << 20) - 1)])
+            self._zeros[size] = zeros.hexdigest()
+        return digest == self._zeros[size]

@@ -1,6 +1,7 @@
 """The kinds of release that exist: FP8 with block scales, float16, GLM-5.1 without a schedule."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,12 +12,12 @@ import pytest
 
 from glm_quant.checkpoint.index import INDEX_NAME
 from glm_quant.checkpoint.reader import Checkpoint
-from glm_quant.errors import CheckpointError, MissingTensorError, ShapeError
+from glm_quant.errors import CheckpointError, MissingTensorError, ShapeError, WeightError
 from glm_quant.quantize.plan import make_plan
 from glm_quant.quantize.verify import verify
 from glm_quant.recipe import Recipe
 from glm_quant.testbed.synthetic import small_config, write_checkpoint
-from tests.conftest import Made
+from tests.conftest import Edit, Made
 
 FP8 = {"quant_method": "fp8", "weight_block_size": [128, 128]}
 
@@ -109,6 +110,23 @@ def test_fp8_release_equals_what_mlx_lm_reads(
     assert one.plan.warnings
     assert "FP8 release" in one.plan.warnings[0]
     assert verify(one.output, coded, samples=200).rederived_blocks > 50
+
+
+def test_zero_fp8_weight(
+    releases: tuple[Path, Path],
+    tmp_path: Path,
+    demo_recipe: Recipe,
+    prepare: Callable[..., Made],
+    edit_tensor: Callable[[Path, str, Edit], str],
+) -> None:
+    """Codes that are all zero stop the conversion, whatever their scales are."""
+    broken = tmp_path / "broken"
+    shutil.copytree(releases[0], broken)
+    name = "model.layers.2.mlp.experts.3.up_proj.weight"
+    shard = edit_tensor(broken, name, lambda values: values.fill(0))
+    made = prepare(broken, tmp_path / "w", demo_recipe)
+    with pytest.raises(WeightError, match=rf"{shard}: tensor {name} .*is all zero"):
+        made.complete_all()
 
 
 def test_fp8_tensor_reads_as_bfloat16(releases: tuple[Path, Path]) -> None:
