@@ -160,6 +160,7 @@ def calibrate(
     ] = None,
     tokens: Annotated[int, typer.Option(help="At most so many tokens of each text.")] = 2048,
     context: Annotated[int, typer.Option(help="Tokens of a sequence.")] = 512,
+    factors: Annotated[bool, typer.Option(help="Also make what the quantizer gptq needs.")] = False,
     verbose: Verbose = False,
     as_json: Json = False,
 ) -> None:
@@ -179,6 +180,7 @@ def calibrate(
                 checkpoint,
                 batch,
                 output,
+                factors=factors,
                 progress=lambda done, total: terminal.move("calibrate", done, total),
             )
         if as_json:

@@ -31,7 +31,7 @@ ComponentGroup = Literal[
 StoredDtype = Literal["source", "bfloat16", "float16", "float32"]
 Mode = Literal["affine", "mxfp4", "nvfp4", "mxfp8"]
 # How the affine mode's scales and biases are chosen; the other modes have one way.
-Quantizer = Literal["minmax", "search"]
+Quantizer = Literal["minmax", "search", "gptq"]
 
 _LAYER = re.compile(r"model\.layers\.(\d+)\.")
 # What mx.quantize 0.32 accepts.
@@ -231,7 +231,7 @@ class Recipe(_Section):
     source: str | None = Field(default=None, description="default source; --source overrides it")
     quantizer: Quantizer = Field(default="minmax", description="of rules that do not name theirs")
     imatrix: str | None = Field(
-        default=None, description="folder that `glm-quant calibrate` made, for `search` to use"
+        default=None, description="folder that `glm-quant calibrate` made, for `search` and `gptq`"
     )
     shard_bytes: int = Field(
         default=5 << 30, ge=1 << 16, description="largest payload of an output shard"
@@ -245,10 +245,15 @@ class Recipe(_Section):
 
     @model_validator(mode="after")
     def _imatrix_is_used(self) -> Self:
-        searched = {rule.quantizer or self.quantizer for rule in self.rules if rule.bits}
-        if self.imatrix is not None and "search" not in searched:
+        named = {rule.quantizer or self.quantizer for rule in self.rules if rule.bits}
+        if self.imatrix is not None and not named & {"search", "gptq"}:
             raise ValueError(
-                "imatrix is given, but no rule has the quantizer `search`, which alone uses it"
+                "imatrix is given, but no rule has the quantizer `search` or `gptq`, which use it"
+            )
+        if self.imatrix is None and "gptq" in named:
+            raise ValueError(
+                "the quantizer `gptq` needs an imatrix that was made with "
+                "`glm-quant calibrate --factors`; name its folder as `imatrix`"
             )
         return self
 

@@ -7,15 +7,16 @@ states, so an interrupted pass goes on at its layer and what stands is the same.
 
 import hashlib
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from glm_quant.artifact import FileDigest, require_space
-from glm_quant.calibration.observe import Observer, Sums
+from glm_quant.calibration.observe import WIDEST_GRAM, Observer, Sums, input_name
 from glm_quant.checkpoint.reader import Checkpoint
 from glm_quant.errors import OutputError
 from glm_quant.evaluation.activations import load_arrays, save_arrays
@@ -27,10 +28,12 @@ from glm_quant.evaluation.weights import SourceWeights
 from glm_quant.fingerprint import fingerprint
 from glm_quant.model.geometry import Geometry
 from glm_quant.quantize.imatrix import (
+    DAMPING,
     RECORD_NAME,
     TENSORS_NAME,
     CalibratedWeight,
     ImatrixRecord,
+    factor_of,
     usable,
 )
 from glm_quant.recipe import DivergenceSettings
@@ -38,6 +41,7 @@ from glm_quant.workspace import Workspace
 
 # Raise it when energies change their meaning.
 VERSION = 1
+_FACTOR = "factor-"
 # An expert that met fewer tokens says little of its own; it gets the layer's mean.
 LEAST_TOKENS = 32
 
@@ -76,6 +80,7 @@ def calibrate(
     tokens: TokenSet,
     output: Path,
     *,
+    factors: bool = False,
     memory_bytes: int | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> ImatrixRecord:
@@ -85,6 +90,8 @@ def calibrate(
         source: the checkpoint, anywhere.
         tokens: what passes through it.
         output: folder to make.
+        factors: also make what `gptq` needs: for each input of at most `WIDEST_GRAM` columns a
+            square float32 matrix (GLM-5.2: about 0.35 GB a layer, and as much again meanwhile).
         memory_bytes: what the pass may take; default: half of the machine's memory.
         progress: called with layers done and layers to do.
 
@@ -98,6 +105,7 @@ def calibrate(
         {
             "version": VERSION,
             "least_tokens": LEAST_TOKENS,
+            "factors": [str(DAMPING), WIDEST_GRAM] if factors else None,
             "states": reference_key(source, tokens.sha256),
         }
     )
@@ -105,7 +113,9 @@ def calibrate(
     if known is not None and known.fingerprint == key and known.is_whole(output):
         return known
     strangers = sorted(
-        p.name for p in output.glob("*") if p.name not in (TENSORS_NAME, RECORD_NAME)
+        p.name
+        for p in output.glob("*")
+        if p.name not in (TENSORS_NAME, RECORD_NAME) and not p.name.startswith(_FACTOR)
     )
     if strangers:
         raise OutputError(
@@ -116,8 +126,8 @@ def calibrate(
     beside.create()
     with beside.locked():
         states = beside.scratch / key[:16]
-        sums = _pass(source, tokens, states, memory_bytes or half_of_memory(), progress)
-        record = _write(source, tokens, output, key, sums)
+        keeper = _pass(source, tokens, states, memory_bytes or half_of_memory(), factors, progress)
+        record = _write(source, tokens, output, key, keeper)
         shutil.rmtree(beside.scratch)
     return record
 
@@ -127,77 +137,95 @@ def _pass(
     tokens: TokenSet,
     folder: Path,
     memory_bytes: int,
+    factors: bool,
     progress: Callable[[int, int], None] | None,
-) -> dict[str, Sums]:
-    """Stream the source with listeners in it; returns the sums of all layers."""
+) -> "_Keeper":
+    """Stream the source with listeners in it; returns who has the sums of all layers."""
     weights = SourceWeights(source)
     geometry = Geometry.from_config(source.config)
     lengths = [len(sequence) for sequence in tokens.sequences]
     plan = plan_memory(geometry, lengths, memory_bytes, weights.runtime.BLOCK_ELEMENTS)
     folder.mkdir(parents=True, exist_ok=True)
     require_space(folder, disk_bytes(geometry, sum(lengths)), "the hidden states of a pass")
-    keeper = _Keeper(folder, geometry.n_routed_experts)
+    keeper = _Keeper(folder, geometry, len(plan.waves), factors)
     stream_states(weights, tokens.sequences, plan, folder, progress, keeper)
-    return keeper.all(geometry.num_hidden_layers, len(plan.waves))
+    return keeper
 
 
 class _Keeper(Observer):
     """An observer whose sums are on disk, a file for each layer and wave."""
 
-    def __init__(self, folder: Path, experts: int) -> None:
-        super().__init__(experts)
+    def __init__(self, folder: Path, geometry: Geometry, waves: int, grams: bool) -> None:
+        super().__init__(geometry.n_routed_experts, grams=grams)
         self._folder = folder
+        self._layers, self._waves = geometry.num_hidden_layers, waves
 
     def passed(self, index: int, wave: int) -> None:
         """Keep the sums of a wave, before its states are kept, and begin the next at nothing."""
         arrays: dict[str, Any] = {}
         for path, sums in self.sums.items():
             arrays |= {f"{path}.squares": sums.squares, f"{path}.counts": sums.counts}
+            if sums.gram is not None and input_name(path) == path:
+                arrays[f"{path}.gram"] = sums.gram.astype(np.float32)
         save_arrays(self._path(index, wave), arrays)
         self.sums.clear()
 
-    def all(self, layers: int, waves: int) -> dict[str, Sums]:
-        """Read all sums, in the order of layers and waves."""
-        total: dict[str, Sums] = {}
-        for index in range(layers):
-            for wave in range(waves):
+    def layers(self) -> Iterator[dict[str, Sums]]:
+        """Read the sums of each layer, those of its waves added up."""
+        for index in range(self._layers):
+            total: dict[str, Sums] = {}
+            for wave in range(self._waves):
                 arrays = load_arrays(self._path(index, wave))
                 for name in sorted(n for n in arrays if n.endswith(".squares")):
                     path, squares = name.removesuffix(".squares"), arrays[name]
-                    sums = total.setdefault(path, Sums(*squares.shape))
+                    gram = arrays.get(f"{path}.gram")
+                    sums = total.setdefault(path, Sums(*squares.shape, gram=gram is not None))
                     sums.squares += squares
                     sums.counts += arrays[f"{path}.counts"]
-        return total
+                    if sums.gram is not None and gram is not None:
+                        sums.gram += gram
+            yield total
 
     def _path(self, index: int, wave: int) -> Path:
         return self._folder / f"sums-{index:03d}-{wave:03d}.safetensors"
 
 
 def _write(
-    source: Checkpoint, tokens: TokenSet, output: Path, key: str, sums: dict[str, Sums]
+    source: Checkpoint, tokens: TokenSet, output: Path, key: str, keeper: _Keeper
 ) -> ImatrixRecord:
     tensors: dict[str, Any] = {}
     weights: dict[str, CalibratedWeight] = {}
     coverage: dict[int, list[int]] = {}
-    for path, found in sums.items():
-        energies, thin = usable(found.squares, found.counts, LEAST_TOKENS)
-        # What meets the same input shares a tensor.
-        name = path.replace(".up_proj", ".gate_proj")
-        tensors[name] = energies
-        weights[path] = CalibratedWeight(
-            tensor=name,
-            sha256=hashlib.sha256(np.ascontiguousarray(energies).data).hexdigest(),
-            units=len(energies),
-            thin=thin if ".switch_mlp." in path else 0,
-        )
-        if path.endswith(".switch_mlp.gate_proj"):
-            coverage[int(path.split(".")[2])] = found.counts.tolist()
     output.mkdir(parents=True, exist_ok=True)
     (output / RECORD_NAME).unlink(missing_ok=True)
+    outputs: list[FileDigest] = []
+    for sums in keeper.layers():
+        made = {
+            path: _factor(output, path, of.gram, int(of.counts.sum()))
+            for path, of in sums.items()
+            if of.gram is not None
+        }
+        outputs += [FileDigest.of(output, name) for name, _ in made.values()]
+        for path, found in sums.items():
+            energies, thin = usable(found.squares, found.counts, LEAST_TOKENS)
+            # What meets the same input shares a tensor.
+            name = path.replace(".up_proj", ".gate_proj")
+            tensors[name] = energies
+            factor = made.get(input_name(path))
+            weights[path] = CalibratedWeight(
+                tensor=name,
+                sha256=hashlib.sha256(np.ascontiguousarray(energies).data).hexdigest(),
+                units=len(energies),
+                thin=thin if ".switch_mlp." in path else 0,
+                factor=factor and factor[0],
+                factor_sha256=factor and factor[1],
+            )
+            if path.endswith(".switch_mlp.gate_proj"):
+                coverage[int(path.split(".")[2])] = found.counts.tolist()
     save_arrays(output / TENSORS_NAME, tensors)
     record = ImatrixRecord(
         fingerprint=key,
-        outputs=[FileDigest.of(output, TENSORS_NAME)],
+        outputs=[FileDigest.of(output, TENSORS_NAME), *outputs],
         source=source.source.uri,
         tokens=sum(len(sequence) for sequence in tokens.sequences),
         tokens_sha256=tokens.sha256,
@@ -207,3 +235,11 @@ def _write(
     )
     record.save(output / RECORD_NAME)
     return record
+
+
+def _factor(output: Path, path: str, gram: NDArray[np.float64], count: int) -> tuple[str, str]:
+    """Write the factor of an input; returns its file and the digest of its values."""
+    factor = factor_of(gram, count)
+    name = f"{_FACTOR}{path}.safetensors"
+    save_arrays(output / name, {"factor": factor})
+    return name, hashlib.sha256(factor.data).hexdigest()

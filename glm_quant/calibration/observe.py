@@ -16,11 +16,30 @@ from numpy.typing import NDArray
 Floats = NDArray[np.float32]
 
 
-class Sums:
-    """Σx² [units, width] and the number of tokens [units] of one weight's input."""
+# The widest input whose covariance is kept: 268 MB as float32, and inverting it takes minutes.
+WIDEST_GRAM = 8192
 
-    def __init__(self, units: int, width: int) -> None:
+_SAME_INPUT = (("up_proj", "gate_proj"), ("kv_a_proj_with_mqa", "q_a_proj"))
+
+
+def input_name(path: str) -> str:
+    """Return the weight whose input a weight shares, itself mostly."""
+    for name, other in _SAME_INPUT:
+        if path.endswith(f".{name}"):
+            return path.removesuffix(name) + other
+    return path
+
+
+class Sums:
+    """Σx² [units, width] and the number of tokens [units] of one weight's input.
+
+    Attributes:
+        gram: Σx xᵀ over the tokens of all units, [width, width], where it is wanted.
+    """
+
+    def __init__(self, units: int, width: int, *, gram: bool = False) -> None:
         """Begin at nothing."""
+        self.gram: NDArray[np.float64] | None = np.zeros((width, width)) if gram else None
         self.squares: NDArray[np.float64] = np.zeros((units, width), np.float64)
         self.counts: NDArray[np.int64] = np.zeros(units, np.int64)
 
@@ -28,6 +47,8 @@ class Sums:
         """Add tokens [tokens, width] that a unit met."""
         self.squares[unit] += np.square(x, dtype=np.float64).sum(axis=0)
         self.counts[unit] += len(x)
+        if self.gram is not None:
+            self.gram += x.T @ x
 
 
 class Listener(nn.Module):
@@ -57,9 +78,10 @@ class Listener(nn.Module):
 class Observer:
     """Gathers the sums of what passes the layers, by MLX module path."""
 
-    def __init__(self, experts: int) -> None:
-        """Remember how many routed experts a layer has."""
+    def __init__(self, experts: int, *, grams: bool = False) -> None:
+        """Remember how many routed experts a layer has, and whether covariances are wanted."""
         self._experts = experts
+        self._grams = grams
         self.sums: dict[str, Sums] = {}
 
     def watch(self, layer: Any, index: int) -> None:
@@ -109,5 +131,7 @@ class Observer:
 
     def _of(self, path: str, units: int, width: int) -> Sums:
         if path not in self.sums:
-            self.sums[path] = Sums(units, width)
+            # Heads have inputs of their own, so that a sum over them says little.
+            gram = self._grams and width <= WIDEST_GRAM and not path.endswith(".embed_q")
+            self.sums[path] = Sums(units, width, gram=gram and input_name(path) == path)
         return self.sums[path]

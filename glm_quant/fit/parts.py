@@ -9,12 +9,13 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby, pairwise
+from typing import get_args
 
 from glm_quant.errors import RecipeError
 from glm_quant.model.groups import layer_of
 from glm_quant.quantize.plan import Plan, PlannedWeight
 from glm_quant.quantize.scheme import Quantized, layouts
-from glm_quant.recipe import ComponentGroup, Recipe, Rule
+from glm_quant.recipe import ComponentGroup, Quantizer, Recipe, Rule
 
 # (bits, group size) that a part may get; what does not divide its weights is left out.
 LADDER = ((2, 128), (2, 64), (2, 32), (3, 128), (3, 64), (4, 64), (5, 64), (6, 64), (8, 64))
@@ -189,7 +190,8 @@ def _schemes(
     kind: Kind, weights: Sequence[PlannedWeight], least_bits: int
 ) -> tuple[Quantized, ...]:
     quantizers = {one.scheme.quantizer for one in weights if isinstance(one.scheme, Quantized)}
-    quantizer = "search" if "search" in quantizers else "minmax"
+    order: tuple[Quantizer, ...] = get_args(Quantizer)
+    quantizer = next(better for better in reversed(order) if better in quantizers)
     fitting = tuple(
         Quantized("affine", bits, size, quantizer)
         for bits, size in LADDER

@@ -82,7 +82,8 @@ def expanded(
     if planned.energy is not None:
         energy = planned.energy.of_rows(first_row, len(rows), planned.weight.rows)
     bits = from_float32(np.ascontiguousarray(rows), dtype)
-    codes, scales, biases = encode(Rows(bits, dtype), scheme, planned.weight.name, energy)
+    factor = planned.factor.load() if planned.factor is not None else None
+    codes, scales, biases = encode(Rows(bits, dtype), scheme, planned.weight.name, energy, factor)
     made = mx.dequantize(
         mx.array(codes),
         *(as_array(a.data, dtype, a.shape).astype(mx.float32) for a in (scales, biases)),

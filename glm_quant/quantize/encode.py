@@ -22,6 +22,7 @@ from glm_quant.quantize.affine import (
     quantize_affine,
     to_float32,
 )
+from glm_quant.quantize.gptq import quantize_gptq
 from glm_quant.quantize.scheme import Quantized, Scheme
 from glm_quant.quantize.search import quantize_search
 
@@ -82,7 +83,11 @@ def load_rows(
 
 
 def encode(
-    rows: Rows, scheme: Scheme, where: str, energy: NDArray[np.float32] | None = None
+    rows: Rows,
+    scheme: Scheme,
+    where: str,
+    energy: NDArray[np.float32] | None = None,
+    factor: NDArray[np.float32] | None = None,
 ) -> list[NDArray[Any]]:
     """Return a weight's stored tensors, [rows, ...] each, in the order of `scheme.layouts`.
 
@@ -93,6 +98,7 @@ def encode(
         scheme: what to make of it.
         where: for messages.
         energy: E[x²] of the inputs, for `search`: see there.
+        factor: of their covariance, for `gptq`, which is `search` without it.
 
     Raises:
         WeightError: a value does not fit the target dtype.
@@ -100,7 +106,9 @@ def encode(
     if not isinstance(scheme, Quantized):
         return [_cast(rows, scheme.dtype, where)]
     if scheme.mode == "affine":
-        if scheme.quantizer == "search":
+        if factor is not None:
+            made = quantize_gptq(*rows, scheme.bits, scheme.group_size, factor, energy)
+        elif scheme.quantizer != "minmax":
             made = quantize_search(*rows, scheme.bits, scheme.group_size, energy)
         else:
             made = quantize_affine(*rows, scheme.bits, scheme.group_size)

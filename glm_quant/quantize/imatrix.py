@@ -2,14 +2,17 @@
 
 `glm-quant calibrate` makes it, `search` weighs errors by it. A folder holds `imatrix.safetensors`
 and its record. A tensor is [units, width], one row for each expert (or head) of a weight, ready to
-use: of mean 1 in each row, with no column so quiet that its error would be free. What a reader
-would get wrong: a recipe names a folder, but fingerprints hold the digest of each weight's own
-energies, so another calibration remakes just the shards that it changes.
+use: of mean 1 in each row, with no column so quiet that its error would be free. With `--factors`
+it holds what `gptq` needs too: a file for each input of each layer. What a reader would get wrong:
+a recipe names a folder, but fingerprints hold the digests of what each weight uses itself, so
+another calibration remakes just the shards that it changes.
 """
 
+import hashlib
 import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +20,16 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict
 from safetensors import SafetensorError, safe_open
+from safetensors.numpy import load_file
 
 from glm_quant.artifact import Record
-from glm_quant.errors import RecipeError
+from glm_quant.errors import IntegrityError, RecipeError
 
 TENSORS_NAME = "imatrix.safetensors"
 RECORD_NAME = "imatrix.json"
 
+# Share of H's mean diagonal that is added to it; 0.01, 0.1 and 0.5 gave nearly the same KL.
+DAMPING = 0.1
 # Below this share of a row's median an input is as quiet as a column can be.
 _FLOOR = 1e-4
 
@@ -36,6 +42,9 @@ class CalibratedWeight(BaseModel):
         sha256: of its bytes.
         units: its rows.
         thin: units that met too few tokens and have the mean of all instead.
+        factor: file of the upper Cholesky factor of H⁻¹, float32 [width, width], where there is
+            one: H = E[x xᵀ] over the tokens of all units, damped.
+        factor_sha256: of the factor's own bytes.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -44,6 +53,8 @@ class CalibratedWeight(BaseModel):
     sha256: str
     units: int
     thin: int = 0
+    factor: str | None = None
+    factor_sha256: str | None = None
 
 
 class ImatrixRecord(Record):
@@ -96,12 +107,29 @@ class Energy:
         return _opened(self.file).get_slice(self.tensor)[begin:end]
 
 
+@dataclass(frozen=True)
+class Factor:
+    """A weight's factor in an imatrix on disk; read when it is needed."""
+
+    file: Path
+    sha256: str
+
+    def load(self) -> NDArray[np.float32]:
+        """Return U [width, width], checked when it is read.
+
+        Raises:
+            IntegrityError: it is not what was recorded.
+        """
+        return _factor(self.file, self.sha256)
+
+
 class Imatrix:
     """An imatrix folder, checked."""
 
     def __init__(self, folder: Path, record: ImatrixRecord) -> None:
         """Remember them."""
         self.record = record
+        self._folder = folder
         self._file = folder / TENSORS_NAME
 
     @classmethod
@@ -120,7 +148,9 @@ class Imatrix:
                 "`imatrix` out of the recipe."
             )
         for output in record.outputs:
-            output.check(folder)
+            # A factor's digest is checked when it is read: all of them may have tens of GB.
+            if output.path == TENSORS_NAME or not output.is_there(folder):
+                output.check(folder)
         return cls(folder, record)
 
     def energy(self, path: str) -> Energy | None:
@@ -129,6 +159,36 @@ class Imatrix:
         if known is None:
             return None
         return Energy(self._file, known.tensor, known.sha256, known.units)
+
+    @property
+    def has_factors(self) -> bool:
+        """Whether it was made for `gptq`."""
+        return any(weight.factor for weight in self.record.weights.values())
+
+    def factor(self, path: str) -> Factor | None:
+        """Return the factor for the weight at an MLX module path, if it has one."""
+        known = self.record.weights.get(path)
+        if known is None or known.factor is None or known.factor_sha256 is None:
+            return None
+        return Factor(self._folder / known.factor, known.factor_sha256)
+
+
+def factor_of(gram: NDArray[np.float64], count: int) -> NDArray[np.float32]:
+    """Return the upper Cholesky factor U of a damped H⁻¹ = Uᵀ·U.
+
+    Args:
+        gram: Σx xᵀ, [width, width].
+        count: of how many tokens.
+
+    Raises:
+        numpy.linalg.LinAlgError: never for what is a sum of x xᵀ, since it is damped.
+    """
+    size = float(np.trace(gram)) / len(gram)
+    if size <= 0:  # nothing was seen: no column tells anything of another
+        return np.eye(len(gram), dtype=np.float32)
+    damped = gram / max(count, 1)
+    damped[np.diag_indices_from(damped)] += DAMPING * size / max(count, 1)
+    return np.ascontiguousarray(np.linalg.cholesky(np.linalg.inv(damped)).T.astype(np.float32))
 
 
 def usable(
@@ -154,6 +214,23 @@ def usable(
     energies = np.maximum(energies, floor[:, None])
     energies /= energies.mean(axis=1, keepdims=True)
     return energies.astype(np.float32), int(thin.sum())
+
+
+@lru_cache(maxsize=2)
+def _factor(file: Path, sha256: str) -> NDArray[np.float32]:
+    try:
+        array: NDArray[np.float32] = load_file(file)["factor"]
+    except (OSError, SafetensorError, KeyError) as error:
+        raise IntegrityError(
+            f"{file}: the factor cannot be read ({error}). Calibrate again."
+        ) from None
+    found = hashlib.sha256(array.data).hexdigest()
+    if found != sha256:
+        raise IntegrityError(
+            f"{file}: the record says sha256 {sha256} of the factor, the file has {found}. "
+            "Calibrate again."
+        )
+    return array
 
 
 _thread = threading.local()

@@ -177,7 +177,8 @@ def encode_job(
         if weight.energy is not None:
             all_rows = weight.weight.rows
             energy = weight.energy.of_rows(target.first_row, len(made), all_rows)
-        arrays = encode(Rows(made, rows.dtype), weight.scheme, where, energy)
+        factor = weight.factor.load() if weight.factor is not None else None
+        arrays = encode(Rows(made, rows.dtype), weight.scheme, where, energy, factor)
         fidelity = None
         if isinstance(weight.scheme, Quantized):
             fidelity = measure(made, rows.dtype, weight.scheme, arrays)

@@ -24,7 +24,7 @@ from glm_quant.model.restructure import (
     check_shapes,
     output_weights,
 )
-from glm_quant.quantize.imatrix import Energy, Imatrix
+from glm_quant.quantize.imatrix import Energy, Factor, Imatrix
 from glm_quant.quantize.scheme import Quantized, Scheme, Stored, TensorLayout, layouts
 from glm_quant.recipe import ComponentGroup, Recipe, Rule
 
@@ -52,11 +52,13 @@ class PlannedWeight:
     scheme: Scheme
     tensors: tuple[PlannedTensor, ...]
     energy: Energy | None = None
+    factor: Factor | None = None
 
     def describe(self) -> str:
         """Return everything but the source that decides its bytes."""
         calibrated = f", imatrix {self.energy.sha256}" if self.energy else ""
-        return self.scheme.describe() + calibrated
+        factor = f", factor {self.factor.sha256}" if self.factor else ""
+        return self.scheme.describe() + calibrated + factor
 
     @property
     def size_bytes(self) -> int:
@@ -239,20 +241,31 @@ def _scheme(rule: Rule, weight: OutputWeight, recipe: Recipe) -> Scheme | None:
 
 
 def _calibrated(planned: tuple[PlannedWeight, ...], recipe: Recipe) -> tuple[PlannedWeight, ...]:
-    """Give searched weights their energies; those that no calibration reaches go without."""
+    """Give searched weights their energies and `gptq` its factors.
+
+    What no calibration reaches goes without: `gptq` without a factor is `search`.
+    """
     imatrix = Imatrix.open(Path(str(recipe.imatrix)).expanduser())
     made: list[PlannedWeight] = []
+    wanted = {one.scheme.quantizer for one in planned if isinstance(one.scheme, Quantized)}
+    if "gptq" in wanted and not imatrix.has_factors:
+        raise RecipeError(
+            f"{recipe.file}: imatrix {recipe.imatrix} has energies alone, and the quantizer `gptq` "
+            "needs factors. Make it again with `glm-quant calibrate --factors`, or use `search`."
+        )
     for one in planned:
-        energy = None
-        if isinstance(one.scheme, Quantized) and one.scheme.quantizer == "search":
+        energy, factor = None, None
+        if isinstance(one.scheme, Quantized) and one.scheme.quantizer != "minmax":
             energy = imatrix.energy(one.weight.path)
+            if one.scheme.quantizer == "gptq":
+                factor = imatrix.factor(one.weight.path)
         if energy and energy.shape() != (energy.units, one.weight.shape[-1]):
             raise RecipeError(
                 f"{recipe.file}: imatrix {recipe.imatrix} has energies {list(energy.shape())} for "
                 f"{one.weight.path}, whose shape is {list(one.weight.shape)}. It was made from "
                 "another model; calibrate this one."
             )
-        made.append(replace(one, energy=energy))
+        made.append(replace(one, energy=energy, factor=factor))
     return tuple(made)
 
 

@@ -1,6 +1,7 @@
 """Calibration: the energies are those of the inputs, and `search` converts with them."""
 
 import json
+import shutil
 from pathlib import Path
 
 import mlx.core as mx
@@ -11,10 +12,10 @@ from glm_quant.calibration import calibrate as calibration
 from glm_quant.calibration.calibrate import calibrate, calibration_tokens
 from glm_quant.calibration.observe import Listener
 from glm_quant.checkpoint.reader import Checkpoint
-from glm_quant.errors import OutputError, RecipeError
+from glm_quant.errors import IntegrityError, OutputError, RecipeError
 from glm_quant.evaluation.weights import SourceWeights
 from glm_quant.quantize.command import convert_to_folder, open_conversion
-from glm_quant.quantize.imatrix import Imatrix, ImatrixRecord, usable
+from glm_quant.quantize.imatrix import Imatrix, ImatrixRecord, factor_of, usable
 from glm_quant.quantize.verify import verify
 from glm_quant.testbed import tiny_glm_path
 
@@ -141,6 +142,68 @@ def test_search_uses_it(folder: Path, tmp_path: Path) -> None:
             has_experts = b".switch_mlp." in data
             assert (made[-1][shard] != data) == (has_experts and name is not None)
     assert verify(output, tiny_glm_path(), samples=20).rederived_blocks == 20
+
+
+@pytest.fixture(scope="module")
+def factors(source: Checkpoint, text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An imatrix folder with factors."""
+    output = tmp_path_factory.mktemp("factors") / "imatrix"
+    calibrate(source, calibration_tokens(source, [text], TOKENS, CONTEXT), output, factors=True)
+    return output
+
+
+def test_factors_come_from_the_inputs(source: Checkpoint, text: Path, factors: Path) -> None:
+    """A layer's factor is that of the inputs it meets; weights that share an input share a file."""
+    weights = SourceWeights(source)
+    seen: list[np.ndarray] = []
+    layer = weights.layer(0)
+    layer.self_attn.o_proj = Listener(layer.self_attn.o_proj, seen.append)
+    for sequence in calibration_tokens(source, [text], TOKENS, CONTEXT).sequences:
+        x = mx.array(weights.embed(sequence))[None]
+        mx.eval(layer(x, weights.runtime.Span.of(None), None, None)[0])
+    met = np.concatenate([part.reshape(-1, part.shape[-1]) for part in seen]).astype(np.float64)
+    imatrix = Imatrix.open(factors)
+    factor = imatrix.factor("model.layers.0.self_attn.o_proj")
+    assert factor is not None
+    expected = factor_of(met.T @ met, len(met))
+    np.testing.assert_allclose(factor.load(), expected, atol=1e-3 * np.abs(expected).max())
+    for path, other in (("mlp.switch_mlp.up_proj", "gate_proj"), ("mlp.gate_proj", "up_proj")):
+        index = 3 if "switch" in path else 0
+        names = (path, path.rpartition(".")[0] + "." + other)
+        pair = [imatrix.factor(f"model.layers.{index}.{name}") for name in names]
+        assert pair[0] == pair[1] is not None
+    assert imatrix.factor("model.layers.0.self_attn.embed_q") is None
+
+
+def test_gptq_converts_with_it(folder: Path, factors: Path, tmp_path: Path) -> None:
+    """Of the same sizes, other bytes for experts alone; verify derives the same ones."""
+    path = recipe(tmp_path, str(factors))
+    made: list[dict[str, bytes]] = []
+    for _ in range(2):
+        opened = open_conversion(tiny_glm_path(), str(path), tmp_path / "build")
+        convert_to_folder(opened, Quiet())
+        made.append({p.name: p.read_bytes() for p in (tmp_path / "build").glob("*.safetensors")})
+        path.write_text(path.read_text().replace('"search"', '"gptq"'))
+    for shard, data in made[0].items():
+        assert len(made[1][shard]) == len(data)
+        assert (made[1][shard] != data) == (b".switch_mlp." in data)
+    checked = verify(tmp_path / "build", tiny_glm_path(), samples=20)
+    assert checked.rederived_blocks == 20
+    path.write_text(path.read_text().replace(str(factors), str(folder)))
+    with pytest.raises(RecipeError, match=r"energies alone, .* `glm-quant calibrate --factors`"):
+        open_conversion(tiny_glm_path(), str(path), tmp_path / "other")
+
+
+def test_changed_factor_is_refused(factors: Path, tmp_path: Path) -> None:
+    """A factor with other bytes than were recorded is not used."""
+    copy = shutil.copytree(factors, tmp_path / "imatrix")
+    factor = Imatrix.open(copy).factor("model.layers.0.self_attn.o_proj")
+    assert factor is not None
+    data = bytearray(factor.file.read_bytes())
+    data[-5] ^= 1
+    factor.file.write_bytes(data)
+    with pytest.raises(IntegrityError, match="the record says sha256"):
+        factor.load()
 
 
 def test_folder_that_is_none(tmp_path: Path, folder: Path, source: Checkpoint, text: Path) -> None:

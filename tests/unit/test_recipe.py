@@ -87,7 +87,11 @@ def test_fingerprint_inputs_ignore_words() -> None:
             4,
             "quantizer is for the affine mode; mxfp4 has only MLX's own",
         ),
-        (HEAD + REST + "quantizer: best\n", 10, "quantizer: Input should be 'minmax' or 'search'"),
+        (
+            HEAD + REST + "quantizer: best\n",
+            10,
+            "quantizer: Input should be 'minmax', 'search' or 'gptq'",
+        ),
         (HEAD + "  - bits: 4\n", 4, "exactly one of `group` and `match`"),
         (HEAD + "  - group: norms\n    match: a\n    bits: 4\n", 4, "exactly one of `group`"),
         (HEAD + "  - match: '['\n    bits: 4\n", 4, "is no regular expression"),
