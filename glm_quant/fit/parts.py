@@ -9,7 +9,6 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby, pairwise
-from typing import get_args
 
 from glm_quant.errors import RecipeError
 from glm_quant.model.groups import layer_of
@@ -186,12 +185,20 @@ def _banded(
     ]
 
 
+def _best(quantizers: set[Quantizer]) -> Quantizer:
+    """Return the one that does most: what a part has in some layers it gets in all."""
+    if "gptq" in quantizers:
+        return "gptq"
+    return "search" if "search" in quantizers else "minmax"
+
+
 def _schemes(
     kind: Kind, weights: Sequence[PlannedWeight], least_bits: int
 ) -> tuple[Quantized, ...]:
-    quantizers = {one.scheme.quantizer for one in weights if isinstance(one.scheme, Quantized)}
-    order: tuple[Quantizer, ...] = get_args(Quantizer)
-    quantizer = next(better for better in reversed(order) if better in quantizers)
+    quantizers: set[Quantizer] = {
+        one.scheme.quantizer for one in weights if isinstance(one.scheme, Quantized)
+    }
+    quantizer = _best(quantizers)
     fitting = tuple(
         Quantized("affine", bits, size, quantizer)
         for bits, size in LADDER
