@@ -230,7 +230,9 @@ def _of_memory(records: dict[str, Any]) -> Iterator[str]:
     yield from (percent(known["wired_share"]), f"{known['reserved']} GiB", str(seen["wired"]))
     yield f"{seen['gigabytes']} GiB"
     yield "2,048"  # mlx-lm's chunk, which test_prefill.py holds against mlx-lm
-    yield from (bytes_of(build["size_gb"] * 1e9) for build in records["builds"]["builds"])
+    for build in records["builds"]["builds"]:
+        yield bytes_of(build["size_gb"] * 1e9)
+        yield from (f"{value:.3f}" for value in build.get("figures", {}).values())
 
 
 def bytes_of(size: float) -> str:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from glm_quant.evaluation.records import Comparison, EvaluationRecord, Measurements
 from glm_quant.report import format as say
+from glm_quant.report.published import PublicBuild, builds_of, comparable
 
 NOTHING = "–"
 
@@ -41,25 +42,35 @@ class Row:
 
 @dataclass(frozen=True)
 class Figure:
-    """A figure of one build; `of_machine` where it holds for the machine it was measured on."""
+    """A figure of one build.
+
+    Attributes:
+        how: it was measured.
+        of_machine: it holds for the machine it was measured on.
+        published_as: its name among the figures of public builds.
+    """
 
     text: str
     how: str = ""
     of_machine: bool = False
+    published_as: str = ""
 
 
-def columns(record: EvaluationRecord) -> list[str]:
-    """Return the baselines' names; this build's column comes after them."""
-    return [baseline.name for baseline in record.baselines]
+def public_columns(record: EvaluationRecord, params: int) -> list[PublicBuild]:
+    """Return the public builds of the same model that have a figure of the same protocol."""
+    same = comparable(record.measurements)
+    return [build for build in builds_of(params) if same & build.figures.keys()]
 
 
-def rows(record: EvaluationRecord) -> list[Row]:
-    """Return every figure of this build, beside the baselines'."""
-    own = record.measurements
+def rows(record: EvaluationRecord, public: Sequence[PublicBuild]) -> list[Row]:
+    """Return every figure of this build, beside the public builds' and the baselines'."""
+    own, same = record.measurements, comparable(record.measurements)
     found: list[Row] = []
     others = [(each.measurements, figures(each.measurements)) for each in record.baselines]
     for name, figure in figures(own).items():
-        cells: list[str] = []
+        published = figure.published_as if figure.published_as in same else ""
+        told = [build.figures.get(published) for build in public]
+        cells = [NOTHING if value is None else f"{value:.3f}" for value in told]
         for measured, theirs in others:
             known = theirs.get(name)
             strange = figure.of_machine and measured.machine != own.machine
@@ -86,7 +97,8 @@ def _losses(measured: Measurements) -> dict[str, Figure]:
             f"{peer.sequence_length:,} tokens, seed {peer.seed}"
         )
         name = f"Perplexity, {peer.dataset}"
-        found[name] = Figure(_with_error(peer.value, peer.standard_error), how)
+        text = _with_error(peer.value, peer.standard_error)
+        found[name] = Figure(text, how, published_as="peer_perplexity")
     return found
 
 
@@ -102,7 +114,8 @@ def _tasks(measured: Measurements) -> dict[str, Figure]:
             f"{len(task.items):,} items of {task.dataset}, seed {harness.seed}"
         )
         name = f"{_TASKS.get(task.task, task.task)} ({task.score.metric})"
-        found[name] = Figure(_with_error(task.score.value, task.score.standard_error), how)
+        text = _with_error(task.score.value, task.score.standard_error)
+        found[name] = Figure(text, how, published_as=task.task)
     return found
 
 

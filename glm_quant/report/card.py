@@ -11,7 +11,6 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-import yaml
 from huggingface_hub import ModelCard
 from jinja2 import Environment, StrictUndefined
 
@@ -33,6 +32,7 @@ from glm_quant.report.memory import (
     memory_needs,
 )
 from glm_quant.report.prefill import CHUNK
+from glm_quant.report.published import builds_of, public_builds
 from glm_quant.report.quality_charts import (
     Point,
     bits_chart,
@@ -121,7 +121,7 @@ def make_charts(inputs: CardInputs) -> list[charts.Chart]:
     plan, needle = facts.plan, facts.measured.needle
     needs = memory_needs(plan.geometry, plan.tensor_bytes, plan.context_limit)
     shown = [recipe_chart(plan.groups), divergence_chart(facts.divergence.rows)]
-    others = other_builds(plan.params)
+    others = [(build.name, build.size_gb * 1e9) for build in builds_of(plan.params)]
     if others:
         own = f"This build, {plan.bits_per_weight:.2f} bpw"
         shown.append(footprint_chart(own, plan.tensor_bytes, others))
@@ -150,14 +150,6 @@ def _compared(facts: _Facts) -> list[Point]:
         for each in facts.evaluation.baselines
         if each.name in kl
     ]
-
-
-def other_builds(params: int) -> list[tuple[str, float]]:
-    """Return name and bytes of public builds of a model with so many parameters."""
-    data = _builds()
-    if params != data["params"]:
-        return []
-    return [(build["name"], build["size_gb"] * 1e9) for build in data["builds"]]
 
 
 def missing_record(build: str, stage: str) -> CardError:
@@ -243,6 +235,7 @@ def _context(facts: _Facts, shown: Sequence[charts.Chart]) -> dict[str, Any]:
     embeddings = facts.params_of("embeddings")
     limit = plan.context_limit or 32 << 10
     short = memory_need(geometry, plan.tensor_bytes, min(8192, limit))
+    public = benchmarks.public_columns(facts.evaluation, plan.params)
     holding = [g for g in machines().gigabytes if machine_bytes(g) > short.total_bytes]
     return {
         "name": facts.inputs.name,
@@ -266,9 +259,10 @@ def _context(facts: _Facts, shown: Sequence[charts.Chart]) -> dict[str, Any]:
         "machines": machines(),
         "chunk": CHUNK,
         "charts": {chart.name: chart for chart in shown},
-        "builds": _builds(),
-        "columns": benchmarks.columns(facts.evaluation),
-        "scores": benchmarks.rows(facts.evaluation),
+        "builds": public_builds(),
+        "public": public,
+        "baselines": [baseline.name for baseline in facts.evaluation.baselines],
+        "scores": benchmarks.rows(facts.evaluation, public),
         "paired": benchmarks.paired([*facts.divergence.comparisons, *facts.evaluation.comparisons]),
     }
 
@@ -299,8 +293,3 @@ def _fit_text(context: int | None) -> str:
     if context is None:
         return "not with these dims"
     return f"{say.about_tokens(context)} tokens" if context else "does not fit"
-
-
-def _builds() -> dict[str, Any]:
-    text = files("glm_quant.report").joinpath("builds.yaml").read_text(encoding="utf-8")
-    return yaml.safe_load(text)

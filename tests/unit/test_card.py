@@ -227,10 +227,33 @@ def split_cells(line: str) -> list[str]:
 
 def test_baselines_are_columns_before_this_build(rich: str) -> None:
     """A baseline that was measured on another machine has no speeds here."""
-    assert r"| | 3.5 bpw | uni\~form\|4 | **this** |" in rich
-    assert "| HellaSwag (acc\\_norm) | 0.636 ± 0.021 | – | **0.636 ± 0.021** |" in rich
-    assert "| Generation after 512 tokens, tok/s | 20.00 | – | **20.00** |" in rich
-    assert "| Long outputs that end in a loop | 1 of 2 | 1 of 2 | **1 of 2** |" in rich
+    assert r") | 3.5 bpw | uni\~form\|4 | **this** |" in rich
+    hellaswag = r"| HellaSwag (acc\_norm) | 0.636 | 0.610 | 0.636 ± 0.021 | – | **0.636 ± 0.021** |"
+    assert hellaswag in rich
+    assert "| Generation after 512 tokens, tok/s | – | – | 20.00 | – | **20.00** |" in rich
+    assert "| Long outputs that end in a loop | – | – | 1 of 2 | 1 of 2 | **1 of 2** |" in rich
+
+
+@pytest.mark.parametrize(
+    ("part", "change"), [("harness", {"limit": 100}), ("peer_perplexity", {"seed": 1})]
+)
+def test_published_figures_stand_only_beside_the_same_protocol(
+    inputs: CardInputs, part: str, change: dict[str, int]
+) -> None:
+    """Another number of items or another seed, and the other cards' figures are not shown."""
+    record = rich_evaluation(M3)
+    whole = replace(inputs, evaluation=record, divergence=rich_divergence())
+    assert "[avlp12 2.56 bpw](https://huggingface.co/avlp12/GLM-5.2" in render_card(whole)
+    other = getattr(record.measurements, part).model_copy(update=change)
+    measured = record.measurements.model_copy(update={part: other})
+    text = plain(
+        render_card(replace(whole, evaluation=record.model_copy(update={"measurements": measured})))
+    )
+    lines = {line.split(" | ")[0]: line for line in text.splitlines()}
+    gone = "| PIQA (acc)" if part == "harness" else "| Perplexity, allenai/tulu-3-sft-mixture"
+    kept = "| Perplexity, allenai/tulu-3-sft-mixture" if part == "harness" else "| PIQA (acc)"
+    assert " | – | – | " in lines[gone]
+    assert " | – | – | " not in lines[kept]
 
 
 def test_differences_have_their_paired_error(rich: str) -> None:
