@@ -1,7 +1,7 @@
 """What a build and its baselines scored: rows with a column each, and differences with their error.
 
-What a reader would get wrong: speeds and memory of another machine say nothing here, so a baseline
-that was measured elsewhere has no cell in those rows.
+What a reader would get wrong: a figure of another text, length or machine says nothing here, so a
+baseline that was measured otherwise has no cell in that row.
 """
 
 from collections.abc import Sequence
@@ -73,8 +73,9 @@ def rows(record: EvaluationRecord, public: Sequence[PublicBuild]) -> list[Row]:
         cells = [NOTHING if value is None else f"{value:.3f}" for value in told]
         for measured, theirs in others:
             known = theirs.get(name)
-            strange = figure.of_machine and measured.machine != own.machine
-            cells.append(NOTHING if known is None or strange else known.text)
+            elsewhere = figure.of_machine and measured.machine != own.machine
+            alike = known is not None and known.how == figure.how and not elsewhere
+            cells.append(known.text if known is not None and alike else NOTHING)
         found.append(Row(name, (*cells, figure.text), figure.how))
     return found
 

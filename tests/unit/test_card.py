@@ -234,6 +234,18 @@ def test_baselines_are_columns_before_this_build(rich: str) -> None:
     assert "| Long outputs that end in a loop | – | – | 1 of 2 | 1 of 2 | **1 of 2** |" in rich
 
 
+def test_a_baseline_measured_otherwise_has_no_cell(inputs: CardInputs) -> None:
+    """A perplexity on fewer tokens of the same text is another figure."""
+    record = rich_evaluation(M3)
+    first, second = record.baselines
+    loss = first.measurements.perplexity[0].model_copy(update={"tokens": 512})
+    measured = first.measurements.model_copy(update={"perplexity": [loss]})
+    others = (first.model_copy(update={"measurements": measured}), second)
+    whole = replace(inputs, evaluation=record.model_copy(update={"baselines": others}))
+    name, here = r"| Perplexity, strided, wiki \~a\~ &lt;b> |", "3.700 ± 0.042"
+    assert f"{name} – | – | – | {here} | **{here}** |" in plain(render_card(whole))
+
+
 @pytest.mark.parametrize(
     ("part", "change"), [("harness", {"limit": 100}), ("peer_perplexity", {"seed": 1})]
 )
