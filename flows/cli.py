@@ -108,12 +108,15 @@ def publish(
         from glm_quant.stages.publishing import PublishStage
 
         build = open_build(spec)
-        found = {target: PublishStage(build, target).diff() for target in build.targets}
+        stages = [PublishStage(build, target) for target in build.targets]
+        found = {stage.target: (stage.diff(), stage.leftovers()) for stage in stages}
         if as_json:
-            _print_json({target: asdict(diff) for target, diff in found.items()})
+            _print_json({t: asdict(diff) | {"leftovers": old} for t, (diff, old) in found.items()})
             return None
-        for target, diff in found.items():
+        for target, (diff, leftovers) in found.items():
             _out.print(f"{target}: {diff.describe()}")
+            for leftover in leftovers:
+                _out.print(f"  - {leftover} (of a build that was given up)")
             for kind, files in (("+", diff.added), ("~", diff.changed), ("-", diff.deleted)):
                 for file in files:
                     _out.print(f"  {kind} {file.name} ({file.size_bytes:,} bytes)")

@@ -7,6 +7,7 @@ from glm_quant.stages.assessing import AssessParityStage, VerifyStage
 from glm_quant.stages.base import StageResult
 from glm_quant.stages.proving import EvaluationStage
 from tasks.caching import on_disk
+from tasks.limits import EVALUATE_SECONDS
 from tasks.retrying import passing
 from tasks.running import run_stage
 
@@ -31,6 +32,7 @@ def assess_parity(spec: BuildSpec) -> StageResult:
 @task(
     name="evaluate",
     task_run_name="evaluate",
+    timeout_seconds=EVALUATE_SECONDS,
     **on_disk(lambda inputs: EvaluationStage(open_build(inputs["spec"]))),
 )
 def assess_evaluation(spec: BuildSpec) -> StageResult:

@@ -10,6 +10,7 @@ from glm_quant.errors import PublishError
 from glm_quant.stages.base import StageResult
 from glm_quant.stages.publishing import PublishStage
 from tasks.caching import on_disk
+from tasks.limits import build_seconds
 from tasks.retrying import passing
 from tasks.running import run_stage
 
@@ -36,7 +37,8 @@ def publish_everywhere(spec: BuildSpec) -> list[StageResult]:
         PublishError: some failed; the others are done, and stay so when it is run again.
     """
     targets = targets_of(spec)
-    states = [publish(spec, target, return_state=True) for target in targets]
+    limited = publish.with_options(timeout_seconds=build_seconds(spec)) if targets else publish
+    states = [limited(spec, target, return_state=True) for target in targets]
     return results_of(states, targets)
 
 

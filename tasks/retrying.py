@@ -7,6 +7,7 @@ input, a broken bound or a damaged byte would be the same next time, so those en
 from typing import Any
 
 from prefect.client.schemas.objects import State, TaskRun
+from prefect.task_engine import TaskRunTimeoutError
 from prefect.tasks import Task
 
 from glm_quant.errors import GlmQuantError
@@ -27,4 +28,6 @@ def passing() -> dict[str, Any]:
 def may_pass(_task: Task[Any, Any], _run: TaskRun, state: State[Any]) -> bool:
     """Whether a task failed on something that another try, later, may not meet."""
     error = state.result(raise_on_failure=False)
+    if isinstance(error, TaskRunTimeoutError):
+        return True
     return isinstance(error, GlmQuantError) and error.may_pass

@@ -37,7 +37,7 @@ def told() -> Generator[None]:
     """Show on the run's page, in words for a person, why the block failed."""
     try:
         yield
-    except GlmQuantError as error:
+    except (GlmQuantError, TimeoutError) as error:
         text = f"## {type(error).__name__}\n\n{error}\n\nWhat is finished is kept: press Retry."
         try:
             create_markdown_artifact(text, key="why-it-stopped", description="Why it stopped")

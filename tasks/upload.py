@@ -1,14 +1,17 @@
 """The upload and restore tasks, and how shards are made and sent."""
 
+import contextvars
 import logging
+import threading
+from queue import Queue
 
 from prefect import task
-from prefect.futures import PrefectFuture, wait
 
 from glm_quant.build import BuildSpec, open_build, shards_of
 from glm_quant.stages.base import StageResult
 from glm_quant.stages.publishing import RestoreStage, UploadStage, early_targets, elsewhere
 from tasks.caching import on_disk
+from tasks.limits import shard_seconds
 from tasks.quantize import quantize
 from tasks.retrying import passing
 from tasks.running import run_stage
@@ -39,23 +42,88 @@ def restore(spec: BuildSpec, shard: int) -> StageResult:
     return run_stage(RestoreStage(open_build(spec), shard))
 
 
-def make_shards(spec: BuildSpec) -> list[StageResult]:
-    """Make every shard; each is uploaded while the next one is made.
+class Sender:
+    """Brings shards to one target, one after the other, in a thread beside the conversion.
 
-    At most one shard waits for its upload. An upload that fails stops nothing: publishing does it
-    again, and says what is wrong.
+    A target that fails is tried again with each new shard, the oldest first. The thread is a
+    daemon: a run that is stopped need not wait for a network, since uploads resume.
+    """
+
+    def __init__(self, spec: BuildSpec, target: str) -> None:
+        """Begin to wait for shards. To be called inside the flow, whose tasks the uploads are."""
+        self._spec, self._target = spec, target
+        self._left: list[int] = []
+        self._looks: Queue[threading.Event | None] = Queue()
+        self._looked = threading.Event()
+        self._looked.set()
+        self.failed = False
+        context = contextvars.copy_context()
+        threading.Thread(target=context.run, args=(self._work,), daemon=True).start()
+
+    def send(self, shard: int) -> None:
+        """Take a finished shard; returns at once."""
+        self._left.append(shard)
+        self._looked = threading.Event()
+        self._looks.put(self._looked)
+
+    def wait(self) -> None:
+        """Wait until all shards were sent, or the target has failed or hung for too long."""
+        seconds = sum(shard_seconds(self._spec, shard) for shard in tuple(self._left))
+        if not self._looked.wait(seconds):
+            _log.warning("%s: no upload ended for %.0f s", self._target, seconds)
+            self.failed = True
+
+    def finish(self) -> None:
+        """Wait likewise, and take no more."""
+        self._looks.put(None)
+        self.wait()
+        if self._left:
+            _log.warning(
+                "%s lacks %d shards; publishing sends them again", self._target, len(self._left)
+            )
+
+    def _work(self) -> None:
+        while (looked := self._looks.get()) is not None:
+            # Behind a target that does not answer shards pile up: one try for all of them.
+            if not self.failed or self._looks.empty():
+                self._send_left()
+            looked.set()
+
+    def _send_left(self) -> None:
+        self.failed = False
+        while self._left and not self.failed:
+            try:
+                state = upload(self._spec, self._left[0], self._target, return_state=True)
+                self.failed = not state.is_completed()
+            except Exception:  # nothing may end this thread: others wait for it
+                _log.exception("%s: the upload could not be begun", self._target)
+                self.failed = True
+            if not self.failed:
+                del self._left[0]
+
+
+def make_shards(spec: BuildSpec) -> list[StageResult]:
+    """Make every shard; each is uploaded while the next ones are made.
+
+    An upload that fails stops nothing: publishing does it again, and says what is wrong. Where
+    shards leave the disk, a shard waits until the one before has been sent, or its target failed.
     """
     made: list[StageResult] = []
-    sending: list[PrefectFuture[StageResult]] = []
+    senders = [Sender(spec, target) for target in early_targets(open_build(spec))]
     for shard in shards_of(spec):
         made.append(quantize(spec, shard))
-        wait(sending)
-        targets = early_targets(open_build(spec))
-        sending = [upload.submit(spec, shard, target) for target in targets]
-    wait(sending)
+        for sender in senders:
+            if open_build(spec).lets_go and not sender.failed:
+                sender.wait()
+            sender.send(shard)
+    for sender in senders:
+        sender.finish()
     return made
 
 
 def restore_shards(spec: BuildSpec) -> list[StageResult]:
     """Fetch back the shards that were let go."""
-    return [restore(spec, shard) for shard in elsewhere(open_build(spec))]
+    return [
+        restore.with_options(timeout_seconds=shard_seconds(spec, shard))(spec, shard)
+        for shard in elsewhere(open_build(spec))
+    ]

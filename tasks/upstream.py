@@ -20,6 +20,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from glm_quant.errors import ServiceError, SourceError
 from glm_quant.hub.upstream import family as models_of
 from glm_quant.hub.upstream import pinned
+from tasks.limits import LOOK_SECONDS
 from tasks.naming import short_source
 from tasks.secrets import load_secrets
 
@@ -89,6 +90,7 @@ class Seen(_Part):
     task_run_name="{where.repo} for {deployment}",
     persist_result=False,
     cache_policy=NO_CACHE,
+    timeout_seconds=LOOK_SECONDS,
 )
 def look(where: Look, deployment: str) -> Seen:
     """Compare with the last look, and run the deployment if upstream has moved."""
@@ -120,6 +122,7 @@ def look(where: Look, deployment: str) -> Seen:
     task_run_name="models of {family.author}",
     persist_result=False,
     cache_policy=NO_CACHE,
+    timeout_seconds=LOOK_SECONDS,
 )
 def propose(family: Family, known: list[str]) -> list[str]:
     """Return models of a family that nobody watches."""

@@ -126,6 +126,10 @@ class S3Target:
             self._ask("delete earlier builds", self._delete_earlier)
         return Published(self._name, f"{self.uri}/{self._name}", diff)
 
+    def leftovers(self) -> tuple[str, ...]:
+        """Return nothing: other builds of this prefix are left alone until they are replaced."""
+        return ()
+
     def staged(self, cache: Path) -> Source:
         """Return the build's folder."""
         return S3Source(

@@ -10,13 +10,13 @@ import os
 import re
 from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import contextmanager
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 from urllib.parse import urljoin, urlsplit
 
 import httpx2
-from huggingface_hub import HfApi, get_session, hf_hub_url
+from huggingface_hub import HfApi, get_session, hf_hub_url, set_client_factory
 from huggingface_hub.errors import (
     GatedRepoError,
     HfHubHTTPError,
@@ -26,6 +26,7 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 from huggingface_hub.utils import build_hf_headers
+from huggingface_hub.utils._http import default_client_factory
 
 from glm_quant.checkpoint.source import SourceFile
 from glm_quant.errors import SourceError
@@ -40,6 +41,8 @@ _RETRIED = {408, 416, 425, 429}
 
 # The library's own session has no limit at all; `read` is how long nothing may come.
 TIMEOUT = httpx2.Timeout(30.0, connect=10.0)
+# What is not a download: a commit of many files takes the Hub tens of seconds.
+_LIMIT = httpx2.Timeout(180.0, connect=10.0)
 
 
 class HubSource(RemoteSource):
@@ -224,6 +227,18 @@ class HubPlace:
             raise TransientError(f"{self._api.endpoint}: {_describe(error)}") from None
         except ValueError:
             raise TransientError(f"{self._api.endpoint} answered no JSON") from None
+
+
+@cache
+def limit_time() -> None:
+    """Give the library's one session a time limit: a server that falls silent must not hold us."""
+
+    def make() -> httpx2.Client:
+        client = default_client_factory()
+        client.timeout = _LIMIT
+        return client
+
+    set_client_factory(make)
 
 
 def parse_hub_uri(uri: str) -> tuple[str, str]:

@@ -7,11 +7,16 @@ build.
 
 What a reader would get wrong: `create_commit` is not retried by huggingface_hub, has no time limit,
 and a commit whose reply was lost did happen. So each try looks first at what is there.
+
+A build that was given up leaves its work branch. Publishing deletes it when its last shard came
+long ago: another machine may be filling a branch of this repository, and would do so daily.
 """
 
 import logging
+import re
 from collections.abc import Callable, Iterable, Sequence
-from functools import cache
+from datetime import UTC, datetime, timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -21,7 +26,6 @@ from huggingface_hub import (
     CommitOperationCopy,
     CommitOperationDelete,
     HfApi,
-    set_client_factory,
 )
 from huggingface_hub.errors import (
     HfHubHTTPError,
@@ -31,12 +35,11 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 from huggingface_hub.utils import get_token
-from huggingface_hub.utils._http import default_client_factory
 
 from glm_quant.artifact import FileDigest
 from glm_quant.checkpoint.source import Source, SourceFile
 from glm_quant.errors import IntegrityError, PublishError, SourceError
-from glm_quant.hub.huggingface import HubSource
+from glm_quant.hub.huggingface import HubSource, limit_time
 from glm_quant.hub.retry import Patience, TransientError, asked_wait, retry
 from glm_quant.hub.target import (
     SHARD_ENDING,
@@ -52,8 +55,10 @@ _log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-# The library's own session has no limit. A commit of many files takes the Hub tens of seconds.
-_LIMIT = httpx2.Timeout(180.0, connect=10.0)
+_OURS = re.compile(r"glm-quant-[0-9a-f]{12}")
+_SHARD_ADDED = re.compile(r"Add \S+\.safetensors")
+_GIVEN_UP_AFTER = timedelta(days=14)
+
 _PASSING = {408, 425, 429}
 # Somebody else committed in between; the next try reads again.
 _MOVED = {409, 412}
@@ -84,7 +89,7 @@ class HubTarget:
             token: default: HF_TOKEN, else what `hf auth login` stored.
             patience: how often to try.
         """
-        _limit_time()
+        limit_time()
         self._api = HfApi(endpoint=endpoint, token=token, library_name="glm-quant")
         self._repo, self._branch, self._private = repo, branch, private
         self._work = f"glm-quant-{build_id}"
@@ -116,9 +121,14 @@ class HubTarget:
             self._ask("commit the build", lambda: self._commit(folder, files))
         after = self.visible()
         self._require_whole(folder, files, after)
-        self._ask("delete the work branch", self._delete_work_branch)
+        self._ask("delete the work branch", lambda: self._delete_branch(self._work))
+        self._sweep()
         url = f"{self._api.endpoint}/{self._repo}/tree/{after.revision}"
         return Published(after.revision, url, first)
+
+    def leftovers(self) -> tuple[str, ...]:
+        """Return the work branches of builds that were given up."""
+        return self._ask("list the branches", self._find_leftovers)
 
     def staged(self, cache: Path) -> Source:
         """Return the work branch, or the published build where that branch is gone."""
@@ -214,9 +224,32 @@ class HubTarget:
                     "else may be writing there; run again when they have finished."
                 )
 
-    def _delete_work_branch(self) -> None:
+    def _sweep(self) -> None:
+        """Delete what given-up builds left. The build is published: a failure is only told."""
         try:
-            self._api.delete_branch(self._repo, branch=self._work)
+            for branch in self.leftovers():
+                self._ask(f"delete branch {branch}", partial(self._delete_branch, branch))
+                _log.info("%s: deleted branch %s of a build that was given up", self.uri, branch)
+        except PublishError as error:
+            _log.warning("%s", error)
+
+    def _find_leftovers(self) -> tuple[str, ...]:
+        try:
+            branches = self._api.list_repo_refs(self._repo).branches
+        except RepositoryNotFoundError:
+            return ()
+        named = [b.name for b in branches if _OURS.fullmatch(b.name) and b.name != self._work]
+        return tuple(sorted(branch for branch in named if self._is_given_up(branch)))
+
+    def _is_given_up(self, branch: str) -> bool:
+        """Whether the last commit is a shard's, and old. Before the first one it is not ours."""
+        last = self._api.list_repo_commits(self._repo, revision=branch)[0]
+        age = datetime.now(UTC) - last.created_at
+        return bool(_SHARD_ADDED.fullmatch(last.title)) and age > _GIVEN_UP_AFTER
+
+    def _delete_branch(self, branch: str) -> None:
+        try:
+            self._api.delete_branch(self._repo, branch=branch)
         except HfHubHTTPError as error:
             if error.response.status_code != 404:
                 raise
@@ -319,15 +352,3 @@ def _remote_file(name: str, size: int, sha256: str | None, blob: str | None) -> 
 
 def _described(file: SourceFile | None) -> str:
     return f"{file.size_bytes:,} bytes with {file.identity}" if file else "no such file"
-
-
-@cache
-def _limit_time() -> None:
-    """Give the library's one session a time limit: a server that falls silent must not hold us."""
-
-    def make() -> httpx2.Client:
-        client = default_client_factory()
-        client.timeout = _LIMIT
-        return client
-
-    set_client_factory(make)

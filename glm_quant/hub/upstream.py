@@ -7,7 +7,7 @@ from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 
 from glm_quant.errors import SourceError
-from glm_quant.hub.huggingface import HubSource
+from glm_quant.hub.huggingface import HubSource, limit_time
 from glm_quant.hub.retry import Patience
 
 # Whoever looks every hour need not insist.
@@ -34,6 +34,7 @@ def family(author: str, pattern: str) -> list[str]:
         wanted = re.compile(pattern)
     except re.error as error:
         raise SourceError(f"{pattern}: this is no regular expression ({error}).") from None
+    limit_time()
     try:
         found = HfApi(library_name="glm-quant").list_models(
             author=author, sort="created_at", limit=_MOST_MODELS

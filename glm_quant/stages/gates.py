@@ -58,7 +58,8 @@ def _require_proof(build: Build) -> None:
     parity, evaluation = ParityStage(build).current(), EvaluationStage(build).current()
     divergence = DivergenceStage(build).current()
     if parity is None or divergence is None or evaluation is None:
-        missing = "evaluate" if divergence else "divergence" if parity else "parity"
+        records = {"parity": parity, "divergence": divergence, "evaluate": evaluation}
+        missing = next(stage for stage, record in records.items() if record is None)
         raise PublishError(
             f"{build.workspace.root}: stage {missing!r} has no passing record for this build, and "
             "nothing is published unproved. Run the flow again: it does what is left."

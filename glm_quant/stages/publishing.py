@@ -132,7 +132,7 @@ class UploadStage(Stage[UploadRecord]):
         if path.exists():
             mark = KeptElsewhere(fingerprint=record.fingerprint, outputs=[file], target=self.target)
             mark.save(self.build.conversion.elsewhere_path(file.path))
-            path.unlink()
+            path.unlink(missing_ok=True)
             _log.info("%s: every target has it, the local copy was deleted", file.path)
 
 
@@ -311,6 +311,14 @@ class PublishStage(Stage[PublishRecord]):
         files = publishable_files(self.build)
         there = self.build.open_target(self.target, build_id(self.build)).visible().files
         return compare(self.build.workspace.checkpoint, files, there)
+
+    def leftovers(self) -> tuple[str, ...]:
+        """Return what builds that were given up left at the target; publishing deletes it.
+
+        Raises:
+            PublishError: the target cannot be reached.
+        """
+        return self.build.open_target(self.target, build_id(self.build)).leftovers()
 
     def summarize(self, record: PublishRecord) -> str:
         """Return where it is, and what changed there."""

@@ -4,6 +4,7 @@ import hashlib
 import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from functools import cache
 from pathlib import Path
 
@@ -84,12 +85,17 @@ class Repo:
     commits: dict[str, dict[str, Content]] = field(default_factory=dict)
     branches: dict[str, str] = field(default_factory=dict)
     lfs: set[str] = field(default_factory=set)
+    # The title and time of each commit.
+    told: dict[str, tuple[str, datetime]] = field(default_factory=dict)
 
-    def commit(self, files: dict[str, Content], branch: str = "main") -> str:
+    def commit(
+        self, files: dict[str, Content], branch: str = "main", title: str = "initial commit"
+    ) -> str:
         """Make a commit and move a branch to it."""
         seed = f"{next(_numbers)}".encode()
         commit = hashlib.sha1(seed).hexdigest()  # noqa: S324 - a name like git's
         self.commits[commit] = dict(files)
+        self.told[commit] = title, datetime.now(UTC)
         self.lfs |= {content.sha256 for name, content in files.items() if is_lfs(name)}
         self.branches[branch] = commit
         return commit

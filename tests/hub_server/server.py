@@ -170,6 +170,7 @@ class _Handler(Uploads, BaseHTTPRequestHandler):
             r"/api/models": self._models,
             rf"/api/models/{_REPO}(?:/revision/(.+))?": self._info,
             rf"/api/models/{_REPO}/refs": self._refs,
+            rf"/api/models/{_REPO}/commits/(.+)": self._commits,
             rf"/api/models/{_REPO}/tree/([^/]+)": self._tree,
             rf"/api/models/{_REPO}/xet-read-token/(.+)": self._xet_token,
             rf"/{_REPO}/resolve/([^/]+)/(.+)": self._resolve,
@@ -224,6 +225,15 @@ class _Handler(Uploads, BaseHTTPRequestHandler):
                 for branch, commit in self.server.repos[name].branches.items()
             ]
             self._json(200, {"branches": branches, "converts": [], "tags": []})
+
+    def _commits(self, name: str, revision: str) -> None:
+        """Answer with the last commit of a branch: nobody needs more."""
+        found = self._find(name, revision)
+        if found is not None:
+            title, made = self.server.repos[name].told[found[0]]
+            date = made.strftime("%Y-%m-%dT%H:%M:%S.000Z")
+            said = {"title": title, "message": "", "date": date, "authors": []}
+            self._json(200, [{"id": found[0], **said}])
 
     def _tree(self, name: str, revision: str) -> None:
         found = self._find(name, revision)

@@ -183,7 +183,8 @@ class Uploads:
             head = repo.branches.get(revision)
             if head is None:
                 return self._json(404, {"error": "no branch"}, {"X-Error-Code": "RevisionNotFound"})
-            parent = next(x["value"] for x in lines if x["key"] == "header").get("parentCommit")
+            header = next(x["value"] for x in lines if x["key"] == "header")
+            parent = header.get("parentCommit")
             if parent not in (None, head):
                 return self._json(412, {"error": "A commit has happened since. Please refresh."})
             files = dict(repo.commits[head])
@@ -193,7 +194,7 @@ class Uploads:
             for path, content in files.items():
                 self.server.blobs.setdefault(content.sha256, content)
                 self.server.names.setdefault(content.sha256, path)
-            commit = repo.commit(files, revision)
+            commit = repo.commit(files, revision, header["summary"])
         url = f"{self.server.url}/{name}/commit/{commit}"
         return self._json(200, {"success": True, "commitOid": commit, "commitUrl": url})
 
