@@ -5,6 +5,7 @@ left as it is. Then it is Prefect's own worker, and beside it a thread that rest
 """
 
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -75,6 +76,9 @@ def _work(pool: str, once: bool) -> None:
 
     from flows.keeper import keep_restarting
 
+    # Prefect's worker turns SIGTERM into SIGINT, which nohup or a shell's `&` may have set aside.
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     caffeinate = which("caffeinate")
     if caffeinate:
         subprocess.Popen([caffeinate, "-is", "-w", str(os.getpid())])

@@ -1,29 +1,42 @@
-"""Tasks as Prefect runs them, against an API in this process's place: no worker, no deployment."""
+"""Tasks and flows at a running server, in this process: without the seconds that a worker takes."""
 
+import signal
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
+from uuid import uuid4
 
 import huggingface_hub
 import pytest
 from prefect import flow
-from prefect.testing.utilities import prefect_test_harness
+from prefect.artifacts import Artifact
+from prefect.client.orchestration import SyncPrefectClient, get_client
+from prefect.client.schemas.actions import WorkPoolCreate
+from prefect.settings import PREFECT_API_URL, temporary_settings
+from prefect.states import AwaitingRetry, Crashed
+from prefect.variables import Variable
 
-from flows.environment import prepare
+from flows.keeper import RESTART_TAG, restart_crashed
+from flows.watch import watch
 from glm_quant.build import BuildSpec, open_build
 from glm_quant.hub.retry import Patience
 from glm_quant.stages.publishing import UploadStage
 from glm_quant.testbed import tiny_glm_path
 from tasks.session import at_work
 from tasks.upload import make_shards
-from tests.e2e.service import wait_for
-from tests.hub_server import Fault, HubServer
+from tasks.upstream import Look, Watched, WatchSpec, look, variable_name
+from tests.e2e.conftest import UPSTREAM
+from tests.e2e.service import Server, wait_for
+from tests.hub_server import Content, Fault, HubServer
+
+pytestmark = pytest.mark.slow
 
 TOKEN = "hf_PlantedTokenOfTheTasks"
 HERE, AWAY = "hf://org/here", "hf://org/away"
 RECIPE = """\
 name: sent
-description: three shards, to be sent
+description: a few shards, to be sent
 shard_bytes: 1_500_000
 rules:
   - {group: mtp, drop: true}
@@ -33,20 +46,20 @@ publish:
 """
 
 
-@pytest.fixture(scope="module", autouse=True)
-def api() -> Iterator[None]:
-    """Prefect's API with a database of its own."""
-    prepare()
-    with prefect_test_harness(server_startup_timeout=180):
+@pytest.fixture(autouse=True)
+def at_server(server: Server) -> Iterator[None]:
+    with temporary_settings({PREFECT_API_URL: server.api}):
         yield
 
 
 @pytest.fixture
-def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
+def place(monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DISABLE_XET", True)
     with HubServer(token=TOKEN) as running:
         monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", running.url)
         monkeypatch.setenv("HF_TOKEN", TOKEN)
+        for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN"):
+            monkeypatch.setenv(name, "")  # no block of another test is loaded into this process
         yield running
 
 
@@ -81,33 +94,127 @@ def sent(spec: BuildSpec, target: str) -> list[int]:
 
 
 def test_a_target_that_is_away_holds_up_nothing(
-    hub: HubServer, spec: BuildSpec, monkeypatch: pytest.MonkeyPatch
+    place: HubServer, spec: BuildSpec, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """All shards are made and sent elsewhere meanwhile; once it is back it gets them all."""
     give_up_after(monkeypatch, 100_000)
-    hub.fault(Fault("status", "org/away", times=1_000_000))
+    place.fault(Fault("status", "org/away", times=1_000_000))
     run = threading.Thread(target=send, args=(spec,), daemon=True)
     run.start()
     shards = list(range(len(open_build(spec).plan.shards)))
     assert len(shards) > 2
     wait_for(lambda: sent(spec, HERE) == shards, "the target that answers lacks shards")
     assert sent(spec, AWAY) == []
-    hub.faults.clear()
+    place.faults.clear()
     run.join(60)
     assert sent(spec, AWAY) == shards
 
 
 def test_a_target_that_fails_is_told_and_left_to_publishing(
-    hub: HubServer,
+    place: HubServer,
     spec: BuildSpec,
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    """The run goes on; the failed task stands in the UI and the log says what is missing."""
+    """The run goes on, and its log says what is missing where."""
     give_up_after(monkeypatch, 2)
-    hub.fault(Fault("status", "org/away", times=1_000_000))
+    place.fault(Fault("status", "org/away", times=1_000_000))
     send(spec)
     shards = list(range(len(open_build(spec).plan.shards)))
     assert sent(spec, HERE) == shards
     assert sent(spec, AWAY) == []
     assert f"{AWAY} lacks {len(shards)} shards; publishing sends them again" in caplog.text
+
+
+def watched(monkeypatch: pytest.MonkeyPatch) -> WatchSpec:
+    monkeypatch.setattr("glm_quant.hub.upstream._PATIENCE", Patience(tries=3, first_seconds=0.05))
+    return WatchSpec(watched=(Watched(repo=UPSTREAM, deployments=(f"glm-quant/{uuid4()}",)),))
+
+
+def last_table() -> str:
+    found = Artifact.get("upstream")
+    assert found is not None
+    return str(found.data)
+
+
+def test_watching_waits_as_long_as_a_rate_limit_asks(
+    place: HubServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Twice 429 with Retry-After: the look comes later, and sees."""
+    place.add_commit(UPSTREAM, {"config.json": Content.of_bytes(b"{}")})
+    asked = {"Retry-After": "1"}
+    place.fault(Fault("status", f"/api/models/{UPSTREAM}", times=2, status=429, headers=asked))
+    begin = time.monotonic()
+    watch(watched(monkeypatch))
+    assert time.monotonic() - begin >= 2
+    assert [request.status for request in place.requests("/api/models")] == [429, 429, 200]
+    assert "noted: the first look" in last_table()
+
+
+def test_a_rate_limit_that_stays_is_left_for_the_next_look(
+    place: HubServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The run ends well, says what it did not see, and forgets nothing."""
+    spec = watched(monkeypatch)
+    [(where, deployment)] = spec.pairs()
+    name = variable_name(where, deployment)
+    Variable.set(name, {"uri": "hf://before", "moves": 3}, overwrite=True)
+    place.add_commit(UPSTREAM, {"config.json": Content.of_bytes(b"{}")})
+    asked = {"Retry-After": "0.1"}
+    place.fault(Fault("status", "/api/models", times=1_000, status=429, headers=asked))
+    watch(spec)
+    assert "not seen" in last_table()
+    assert "429" in last_table()
+    assert Variable.get(name) == {"uri": "hf://before", "moves": 3}
+
+
+@pytest.fixture
+def no_alarm() -> Iterator[None]:
+    """Take pytest-timeout's handler away: Prefect's limit wants the alarm for itself."""
+    before = signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGALRM, before)
+
+
+def test_a_look_that_hangs_is_ended(place: HubServer, no_alarm: None) -> None:
+    """A server that takes the request and says nothing costs a look its limit, and no more."""
+    place.fault(Fault("delay", "/api/models", seconds=30.0))
+
+    @flow(name="look once")
+    def look_once() -> str:
+        limited = look.with_options(timeout_seconds=1)
+        where = Look(repo=UPSTREAM, revision="main", first="note")
+        return limited(where, "glm-quant/none", return_state=True).name or ""
+
+    begin = time.monotonic()
+    assert look_once() == "TimedOut"
+    assert time.monotonic() - begin < 20
+
+
+def run_in(client: SyncPrefectClient, pool: str, restarts: int) -> str:
+    """A run of a deployment that restarts by itself; nobody works in its pool."""
+    client.create_work_pool(WorkPoolCreate(name=pool, type="process"))
+    flow_id = client.create_flow_from_name("glm-quant")
+    deployment = client.create_deployment(flow_id, f"of {pool}", work_pool_name=pool)
+    parameters = {"spec": {"recipe": "demo", "restarts": restarts}}
+    run = client.create_flow_run_from_deployment(
+        deployment, parameters=parameters, tags=[RESTART_TAG]
+    )
+    return str(run.id)
+
+
+def test_restarts_have_an_end_that_a_person_moves() -> None:
+    """A run that crashes again and again stops after its limit; Retry gives it as many again."""
+    pool, restarts = f"pool {uuid4()}", 2
+    with get_client(sync_client=True) as client:
+        run = run_in(client, pool, restarts)
+
+        def crash_and_look() -> int:
+            client.set_flow_run_state(run, Crashed(), force=True)
+            return len(restart_crashed(pool, calm_seconds=0))
+
+        assert [crash_and_look() for _ in range(4)] == [1, 1, 0, 0]
+        client.set_flow_run_state(run, AwaitingRetry(message="Retry from the UI"), force=True)
+        assert [crash_and_look() for _ in range(4)] == [1, 1, 0, 0]
+        client.set_flow_run_state(run, Crashed(), force=True)
+        assert restart_crashed(pool, calm_seconds=60) == []
