@@ -204,7 +204,9 @@ def fit(
     bands: Annotated[int, typer.Option(min=1, help="Parts that the layers are cut into.")] = 4,
     measure: Annotated[
         str | None,
-        typer.Option(help="kl (reads the source for each number) or error; default: by size."),
+        typer.Option(
+            help="kl, scaled or error (from dear to cheap); default: kl up to 8 GiB, else error."
+        ),
     ] = None,
     imatrix: Annotated[str | None, typer.Option(help="Made by `calibrate`.")] = None,
     text: Annotated[

@@ -25,6 +25,7 @@ from glm_quant.fit.sensitivity import (
     ErrorMeter,
     Measure,
     Meter,
+    ScaledMeter,
     measure_costs,
 )
 from glm_quant.fit.solve import Front, Option, Point
@@ -142,9 +143,11 @@ def _meter(
     source: Checkpoint, said: Measure | None, make_tokens: Callable[[], TokenSet], beside: Workspace
 ) -> Meter:
     size = sum(source.files[name].size_bytes for name in source.index.shards)
-    if (said or ("kl" if size <= _KL_BYTES else "error")) == "kl":
-        return DivergenceMeter(source, make_tokens(), beside.scratch)
-    return ErrorMeter(source)
+    measure = said or ("kl" if size <= _KL_BYTES else "error")
+    if measure == "error":
+        return ErrorMeter(source)
+    divergence = DivergenceMeter(source, make_tokens(), beside.scratch)
+    return divergence if measure == "kl" else ScaledMeter(divergence, ErrorMeter(source))
 
 
 class _Fit:

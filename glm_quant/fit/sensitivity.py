@@ -1,11 +1,13 @@
 """What it costs in quality to store one part in one way, all else being the source's.
 
-Two measures. `kl` streams the source with just this part quantized and takes the mean of KL over
+Three measures. `kl` streams the source with just this part quantized and takes the mean of KL over
 some tokens: what a user would notice, but the whole source is read for every number. `error` reads
 a few rows of each weight and sums their relative squared errors, weighed by the energies of their
 inputs where there is an imatrix: Σ over matrices of ΣE(w - ŵ)² / ΣEw². It takes each matrix to
-matter as much as any other, which no model quite obeys. What a reader would get wrong: both are
-added up over parts as if they did not meet, which holds for small errors (HIGGS, arXiv:2411.17525).
+matter as much as any other, which no model obeys. `scaled` streams once for each part, in one
+scheme, and scales that KL by the ratio of errors for the others. What a reader would get wrong:
+costs are added up over parts as if they did not meet, which holds for small errors (HIGGS,
+arXiv:2411.17525).
 
 Each number is a record, keyed by content: a fit that was interrupted, or that has another budget,
 measures only what is new.
@@ -40,7 +42,7 @@ from glm_quant.quantize import encode
 from glm_quant.quantize.plan import PlannedWeight
 from glm_quant.quantize.scheme import Quantized
 
-Measure = Literal["kl", "error"]
+Measure = Literal["kl", "scaled", "error"]
 MEASURES: tuple[Measure, ...] = get_args(Measure)
 Progress = Callable[[int, int], None]
 
@@ -195,6 +197,34 @@ class DivergenceMeter:
             stream_states(weights, sequences, self._plan, folder)
             forget_states(folder)
         return np.concatenate([load_arrays(path)["hidden"] for path in paths])
+
+
+class ScaledMeter:
+    """KL of one scheme of a part, scaled by the errors of the others."""
+
+    measure: Measure = "scaled"
+
+    def __init__(self, divergence: DivergenceMeter, error: "ErrorMeter") -> None:
+        """Prepare; reads nothing yet."""
+        self._divergence, self._error = divergence, error
+        # Of the part that is being measured: KL for each unit of error.
+        self._rate: tuple[Part | None, float] = (None, 0.0)
+
+    def inputs(self) -> Canonical:
+        """Return what decides the KL; the weights' identity is in it."""
+        return self._divergence.inputs()
+
+    def describe(self) -> str:
+        """Return what a cost is."""
+        return f"{self._divergence.describe()}, in one scheme; others by the error of some rows"
+
+    def costs(self, part: Part, schemes: Sequence[Quantized]) -> list[float]:
+        """Stream the source once for a part, if it is another than before."""
+        if self._rate[0] is not part:
+            middle = part.schemes[len(part.schemes) // 2]
+            (kl,), (error,) = (m.costs(part, [middle]) for m in (self._divergence, self._error))
+            self._rate = part, kl / error if error else 0.0
+        return [self._rate[1] * error for error in self._error.costs(part, schemes)]
 
 
 class ErrorMeter:

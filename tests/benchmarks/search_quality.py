@@ -1,6 +1,8 @@
-"""What `search` brings at equal bytes: weight error, KL divergence, perplexity and time.
+"""What `search` and `gptq` bring at equal bytes: weight error, KL divergence, perplexity and time.
 
     uv run python tests/benchmarks/search_quality.py --source PATH/tiny-glm --text PATH/held_out.txt
+
+With `--imatrix`, calibrated variants too; `gptq` where `calibrate --factors` made it.
 
 Each variant is a whole build under the demo's rules, streamed against its source in float32. Lower
 weight error is not always lower KL, so KL on held-out text is what decides.
@@ -54,13 +56,15 @@ CALIBRATED: dict[str, Search | None] = {
     "calibrated, slack 1.25": Search(1.25),
     "calibrated, slack 1.0": Search(1.0),
     "calibrated, plain": Search(math.inf, magnitudes=False),
+    "gptq, slack 1.0": Search(1.0),
 }
 
 
 def build(
-    source: Path, folder: Path, bits: int, settings: Search | None, imatrix: str | None
+    source: Path, folder: Path, bits: int, name: str, settings: Search | None, imatrix: str | None
 ) -> float:
     """Convert with experts in `bits`; returns the seconds that it took."""
+    searching = "gptq" if name.startswith("gptq") else "search"
     recipe = load_recipe("demo")
     rules = [
         rule.model_dump(mode="json", exclude_defaults=True)
@@ -70,7 +74,7 @@ def build(
     text = {
         "name": "quality",
         "description": "one variant",
-        "quantizer": "minmax" if settings is None else "search",
+        "quantizer": "minmax" if settings is None else searching,
         "rules": rules,
     }
     if imatrix is not None:
@@ -127,7 +131,7 @@ def main() -> None:
         for number, name in enumerate(wanted):
             folder, settings = Path(scratch) / str(number), variants[name]
             imatrix = options.imatrix if name in CALIBRATED else None
-            seconds = build(options.source, folder, options.bits, settings, imatrix)
+            seconds = build(options.source, folder, options.bits, name, settings, imatrix)
             error, gain = experts_error(source, folder)
             found = divergence(source, folder, tokens, Path(scratch) / "divergence").row()
             if number == 0:

@@ -16,7 +16,7 @@ from glm_quant.evaluation.token_set import TokenSet, make_token_set
 from glm_quant.evaluation.weights import BuildWeights
 from glm_quant.fit.command import FitSettings, fit, parse_floors, parse_measure
 from glm_quant.fit.parts import divide
-from glm_quant.fit.sensitivity import DivergenceMeter, ErrorMeter
+from glm_quant.fit.sensitivity import DivergenceMeter, ErrorMeter, ScaledMeter
 from glm_quant.fit.solve import Front, Option
 from glm_quant.fit.target import parse_target
 from glm_quant.fit.trial import TrialWeights
@@ -164,7 +164,7 @@ def test_bad_input_is_said_before_anything_is_read(small: Path, tmp_path: Path) 
         parse_floors(["attention"])
     with pytest.raises(RecipeError, match="no scheme has at least 9 bits"):
         fitted(small, tmp_path / "a.yaml", "4bpw", "attention=9")
-    with pytest.raises(RecipeError, match=r"--measure guess: give one of kl, error"):
+    with pytest.raises(RecipeError, match=r"--measure guess: give one of kl, scaled, error"):
         parse_measure("guess")
     assert not list(tmp_path.iterdir())
     (tmp_path / "a.yaml").write_text("mine")
@@ -214,7 +214,7 @@ def test_trial_has_the_values_of_the_build(made: Made) -> None:
 
 
 def test_more_bits_cost_less(small: Path, tmp_path: Path) -> None:
-    """By both measures; states of what was tried do not stay."""
+    """By all measures; `scaled` is `kl` where it was streamed; what was tried does not stay."""
     source = Checkpoint.open(small)
     recipe = load_recipe("demo")
     parts = divide(make_plan(source, recipe), recipe, 1, {})
@@ -225,8 +225,11 @@ def test_more_bits_cost_less(small: Path, tmp_path: Path) -> None:
         if (scheme.bits, scheme.group_size) in ((2, 32), (4, 64), (8, 64))
     ]
     tokens = make_token_set(source, DivergenceSettings(tokens=64, context=32))
-    for meter in (ErrorMeter(source), DivergenceMeter(source, tokens, tmp_path)):
+    error, kl = ErrorMeter(source), DivergenceMeter(source, tokens, tmp_path)
+    for meter in (error, kl, ScaledMeter(kl, error)):
         costs = meter.costs(part, wanted)
         assert costs == sorted(costs, reverse=True)
         assert costs[0] > 10 * costs[-1] > 0
+    middle = [part.schemes[len(part.schemes) // 2]]
+    assert ScaledMeter(kl, error).costs(part, middle) == pytest.approx(kl.costs(part, middle))
     assert not list(tmp_path.glob("trial-*"))
