@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from glm_quant.testbed import tiny_glm_path
+from glm_quant.testbed import held_out_text, tiny_glm_path
 from tests.e2e.command_line import CommandLine
 
 ROOT = Path(__file__).parents[2]
@@ -47,6 +47,7 @@ def test_commands_run_in_order(cli: CommandLine, quick: Path, tmp_path: Path) ->
 
     Only places change, and the recipe of the whole flow, whose evaluation is for a real machine.
     """
+    (tmp_path / "texts.txt").write_text(held_out_text()[:2000])
     ran = 0
     for command in commands():
         if command in BY_THE_GATE | BY_THE_SERVICE:
