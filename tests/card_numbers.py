@@ -67,9 +67,9 @@ def derived(records: dict[str, Any]) -> Iterator[str]:
     yield from _of_divergence(records["divergence"])
     yield from _of_parity(records["parity"]["found"])
     yield from _of_evaluation(records["evaluate"])
-    for each in records["evaluate"].get("baselines", []):
+    for each in (records["evaluate"], *records["evaluate"].get("baselines", [])):
         loaded = each["measurements"]["load"]["mlx_bytes"]
-        yield f"{loaded * 8 / records['plan']['plan']['params']:.2f}"
+        yield from (bytes_of(loaded), f"{loaded * 8 / records['plan']['plan']['params']:.2f}")
     yield from _of_memory(records)
 
 
@@ -117,7 +117,8 @@ def _of_divergence(record: dict[str, Any]) -> Iterator[str]:
 def _of_comparisons(comparisons: Iterable[dict[str, Any]]) -> Iterator[str]:
     for each in comparisons:
         yield from (f"{each['value']:.4g}", f"{each['baseline_value']:.4g}")
-        yield f"{each['baseline_value']:.4f}"
+        for name in ("value", "baseline_value"):
+            yield from (f"{each[name]:.4f}", f"{each[name]:.3f}")
         yield f"{each['difference']:+.4g}"
         yield from (f"{each['standard_error'] or 0:.2g}", f"{each['pairs']:,}")
 

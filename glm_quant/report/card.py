@@ -17,7 +17,7 @@ from jinja2 import Environment, StrictUndefined
 from glm_quant.artifact import write_atomic
 from glm_quant.errors import CardError
 from glm_quant.evaluation.divergence_record import DivergenceRecord, Estimate
-from glm_quant.evaluation.records import EvaluationRecord, Measurements
+from glm_quant.evaluation.records import Comparison, EvaluationRecord, Measurements
 from glm_quant.report import benchmarks, charts
 from glm_quant.report import format as say
 from glm_quant.report.correctness import ParityRow, parity_value
@@ -129,27 +129,50 @@ def make_charts(inputs: CardInputs) -> list[charts.Chart]:
         shown.append(needle_chart(needle))
     if len(inputs.layer_errors) > 1:
         shown.append(layers_chart(inputs.layer_errors))
-    if compared := _compared(facts):
-        own_kl = facts.divergence.row().mean_kl.value
-        shown.append(bits_chart(Point("this build", plan.bits_per_weight, own_kl), compared))
+    shown += _kl_by_bits(facts) or _perplexity_by_size(facts)
     return [*shown, memory_chart(needs)]
 
 
-def _compared(facts: _Facts) -> list[Point]:
-    """Return the baselines whose KL was measured on the same tokens: builds of the same source.
-
-    Their bits are those that stock mlx-lm had in memory after loading them.
-    """
-    kl = {
-        each.baseline: each.baseline_value
-        for each in facts.divergence.comparisons
-        if each.measure == "mean_kl"
-    }
-    return [
-        Point(each.name, each.measurements.load.mlx_bytes * 8 / facts.plan.params, kl[each.name])
-        for each in facts.evaluation.baselines
-        if each.name in kl
+def _kl_by_bits(facts: _Facts) -> list[charts.Chart]:
+    """Chart the baselines whose KL was measured on the same tokens: builds of the same source."""
+    losses = _losses(facts, facts.divergence.comparisons, "mean_kl")
+    points = [
+        Point(name, bits, loss, f"{bits:.2f} bpw · {loss:.4f}")
+        for name, loaded, loss in losses
+        for bits in [loaded * 8 / facts.plan.params]
     ]
+    title, labels = "KL to the source by bits per weight", ("bits per weight", "mean KL, nats")
+    return [bits_chart(title, labels, points[0], points[1:])] if points else []
+
+
+def _perplexity_by_size(facts: _Facts) -> list[charts.Chart]:
+    """Chart the baselines whose perplexity is of the same tokens, whatever they are builds of."""
+    losses = _losses(facts, facts.evaluation.comparisons, "perplexity")
+    points = [
+        Point(name, loaded / 1e9, loss, f"{say.size(loaded)} · {loss:.3f}")
+        for name, loaded, loss in losses
+    ]
+    title, labels = "Perplexity by size in memory", ("GB", "perplexity, strided")
+    return [bits_chart(title, labels, points[0], points[1:])] if points else []
+
+
+def _losses(
+    facts: _Facts, comparisons: Sequence[Comparison], measure: str
+) -> list[tuple[str, int, float]]:
+    """Return name, bytes in memory after loading, and a measure: this build's, the baselines'.
+
+    Empty where no baseline has the measure.
+    """
+    found = {each.baseline: each for each in comparisons if each.measure == measure}
+    others = [
+        (each.name, each.measurements.load.mlx_bytes, found[each.name].baseline_value)
+        for each in facts.evaluation.baselines
+        if each.name in found
+    ]
+    if not others:
+        return []
+    own = next(iter(found.values())).value
+    return [("this build", facts.measured.load.mlx_bytes, own), *others]
 
 
 def missing_record(build: str, stage: str) -> CardError:

@@ -116,52 +116,51 @@ def needle_chart(needle: Needle) -> Chart:
 
 @dataclass(frozen=True)
 class Point:
-    """One build: bits per weight, and its mean KL to the source in nats."""
+    """One build: what it takes, how far it falls short (less is better), and both in words."""
 
     name: str
-    bits_per_weight: float
-    mean_kl: float
+    cost: float
+    loss: float
+    said: str
 
 
-def bits_chart(own: Point, others: Sequence[Point]) -> Chart:
-    """Chart what bits buy: KL to the same source against bits per weight.
+def bits_chart(title: str, labels: tuple[str, str], own: Point, others: Sequence[Point]) -> Chart:
+    """Chart what bits buy: a loss against what a build takes.
 
     Args:
+        title: of the chart.
+        labels: what `cost` and `loss` are.
         own: this build.
         others: baselines that were measured on the same tokens.
     """
-    points = sorted([own, *others], key=lambda point: point.bits_per_weight)
+    points = sorted([own, *others], key=lambda point: point.cost)
 
     def draw(figure: Figure, theme: Theme) -> None:
         axes = figure.subplots()
-        head(figure, theme, "What bits buy: KL to the source by bits per weight")
+        head(figure, theme, title)
         height = figure.get_figheight()
         figure.subplots_adjust(left=0.15, bottom=0.8 / height, top=1 - 0.7 / height)
-        x = [point.bits_per_weight for point in points]
-        y = [point.mean_kl for point in points]
+        x = [point.cost for point in points]
+        y = [point.loss for point in points]
         axes.plot(x, y, color=theme.muted, linewidth=1.5, zorder=1)
         middle = (x[0] + x[-1]) / 2
         for point in points:
             ours = point is own
             colour = theme.accent if ours else theme.second
-            axes.scatter(point.bits_per_weight, point.mean_kl, s=90, color=colour, zorder=2)
-            left = point.bits_per_weight <= middle
+            axes.scatter(point.cost, point.loss, s=90, color=colour, zorder=2)
+            left = point.cost <= middle
             axes.annotate(
-                f"{point.name}\n{point.bits_per_weight:.2f} bpw · {point.mean_kl:.4f}",
-                (point.bits_per_weight, point.mean_kl), (10 if left else -10, 8),
+                f"{point.name}\n{point.said}",
+                (point.cost, point.loss), (10 if left else -10, 8),
                 textcoords="offset points", ha="left" if left else "right", fontsize=11.5,
                 color=colour, weight="bold" if ours else "normal", bbox=halo(theme), zorder=3,
             )  # fmt: skip
-        axes.set(facecolor="none", xlabel="bits per weight", ylabel="mean KL, nats")
+        axes.set(facecolor="none", xlabel=labels[0], ylabel=labels[1])
         axes.set_ylim(0, max(y) * 1.35)
         axes.margins(x=0.12)
         axes.grid(axis="y", color=theme.line, linewidth=0.8)
         axes.tick_params(length=0)
         axes.spines[["top", "right", "left"]].set_visible(False)
 
-    listed = ", ".join(
-        f"{point.name} {point.mean_kl:.4f} at {point.bits_per_weight:.2f} bits" for point in points
-    )
-    return Chart(
-        "bits", f"Mean KL divergence to the source by bits per weight: {listed}", 4.4, draw
-    )
+    listed = ", ".join(f"{point.name} {point.said}" for point in points)
+    return Chart("bits", f"{title}: {listed}", 4.4, draw)

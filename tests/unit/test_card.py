@@ -275,10 +275,14 @@ def test_differences_have_their_paired_error(rich: str) -> None:
     assert "decode after" not in rich
 
 
-def test_quality_by_bits_is_charted_where_builds_were_compared(rich: str, card: str) -> None:
-    """Its points: this build, and the baselines with a KL on the same tokens."""
-    assert "this build 0.5000 at 2.56 bits, 3.5 bpw 0.1170 at 3.54 bits](assets/bits.png)" in rich
+def test_quality_by_bits_is_charted_where_builds_were_compared(
+    inputs: CardInputs, rich: str, card: str
+) -> None:
+    """This build and the baselines with a KL on the same tokens; without KL, their perplexity."""
+    assert "this build 2.56 bpw · 0.5000, 3.5 bpw 3.54 bpw · 0.1170](assets/bits.png)" in rich
     assert "assets/bits.png" not in card
+    losses = plain(render_card(replace(inputs, evaluation=rich_evaluation(M3))))
+    assert "by size in memory: this build 237.9 GB · 3.700, 3.5 bpw 328.5 GB · 2.814]" in losses
 
 
 def test_numbers_stay_with_their_units(inputs: CardInputs) -> None:

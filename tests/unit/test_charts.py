@@ -46,8 +46,10 @@ def shown(plan: Plan) -> dict[str, Chart]:
         memory_chart(memory_needs(plan.geometry, plan.tensor_bytes, 1 << 20)),
         needle_chart(Needle(text_sha256="0", method="m", trials=trials)),
     )
-    own, four = Point("this build", 2.56, 0.31), Point("uniform 4 bits", 4.5, 0.02)
-    made = (*made, layers_chart([0.1, 0.15, 0.3, 0.25]), bits_chart(own, [four]))
+    own = Point("this build", 2.56, 0.31, "2.56 bpw · 0.3100")
+    four = Point("uniform 4 bits", 4.5, 0.02, "4.50 bpw · 0.0200")
+    bits = bits_chart("KL by bits", ("bits per weight", "mean KL"), own, [four])
+    made = (*made, layers_chart([0.1, 0.15, 0.3, 0.25]), bits)
     return {chart.name: chart for chart in made}
 
 
@@ -122,8 +124,8 @@ def test_a_small_model_is_not_set_against_machines() -> None:
 
 def test_alt_text_of_bits_has_every_build_in_order(shown: dict[str, Chart]) -> None:
     """Only measured points, by their bits."""
-    assert shown["bits"].alt.endswith(
-        "this build 0.3100 at 2.56 bits, uniform 4 bits 0.0200 at 4.50 bits"
+    assert shown["bits"].alt == (
+        "KL by bits: this build 2.56 bpw · 0.3100, uniform 4 bits 4.50 bpw · 0.0200"
     )
 
 
