@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self, cast
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, model_validator
 
 from glm_quant.errors import RecipeError
 from glm_quant.fingerprint import Canonical
+from glm_quant.settings import DivergenceSettings, EvaluationSettings, Section
 
 ComponentGroup = Literal[
     "routed_experts",
@@ -40,11 +41,7 @@ _AFFINE_GROUP_SIZES = (32, 64, 128)
 _FIXED = {"mxfp4": (4, 32), "nvfp4": (4, 16), "mxfp8": (8, 32)}
 
 
-class _Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class Rule(_Section):
+class Rule(Section):
     """One rule: which weights, and what becomes of them.
 
     Exactly one of `group` and `match` selects; exactly one of `bits`, `dtype` and `drop` decides.
@@ -121,7 +118,7 @@ class Rule(_Section):
         return f"group {', '.join(groups)}{where}"
 
 
-class ParitySettings(_Section):
+class ParitySettings(Section):
     """What the parity stage runs and the bounds that stop the flow before publishing."""
 
     tokens: int = Field(default=256, ge=8, description="length of the fixed prompt in tokens")
@@ -136,68 +133,7 @@ class ParitySettings(_Section):
     min_top1_agreement: float | None = Field(default=None, ge=0, le=1)
 
 
-class DivergenceSettings(_Section):
-    """What source and build are compared on, streamed, and the bounds on their distance."""
-
-    texts: dict[str, str] | None = Field(
-        default=None, description="text file of each slice; default: english, code, chinese, chat"
-    )
-    tokens: int = Field(default=2048, ge=16, description="at most so many tokens of each slice")
-    context: int = Field(default=512, ge=16, description="tokens of a sequence")
-    seed: int = 0
-    memory_gb: float | None = Field(
-        default=None, gt=0, description="memory for the pass; default: half of the machine's"
-    )
-    references: str | None = Field(
-        default=None, description="folder for the source's states, to share them between workspaces"
-    )
-    max_mean_kl: float | None = Field(default=None, gt=0)
-    max_p99_kl: float | None = Field(default=None, gt=0)
-    min_top1_agreement: float | None = Field(default=None, ge=0, le=1)
-    max_perplexity_ratio: float | None = Field(
-        default=None, gt=0, description="perplexity of the build over that of the source"
-    )
-
-    @model_validator(mode="after")
-    def _one_sequence_at_least(self) -> Self:
-        if self.tokens < self.context:
-            raise ValueError(
-                f"tokens is {self.tokens} and context {self.context}: a slice would hold less than "
-                "one sequence; make tokens larger or context smaller"
-            )
-        return self
-
-
-class EvaluationSettings(_Section):
-    """What the evaluation stage measures and its bounds."""
-
-    perplexity_text: str | None = Field(
-        default=None, description="text file; default: the built-in text"
-    )
-    perplexity_tokens: int = Field(
-        default=4096, ge=64, description="at most so many tokens of the text, from its beginning"
-    )
-    context: int = Field(default=512, ge=16)
-    stride: int = Field(default=256, ge=1)
-    generation_tokens: int = Field(default=64, ge=2)
-    prompt_tokens: tuple[int, ...] = (128,)
-    needle_lengths: tuple[int, ...] = ()
-    needle_depths: tuple[float, ...] = (0.1, 0.5, 0.9)
-    needle_repeats: int = Field(default=4, ge=1, description="prompts for each length and depth")
-    max_perplexity: float | None = Field(default=None, gt=0)
-    min_needle_score: float | None = Field(default=None, ge=0, le=1)
-
-    @model_validator(mode="after")
-    def _every_token_scored(self) -> Self:
-        if self.stride >= self.context:
-            raise ValueError(
-                f"stride is {self.stride} and context {self.context}: a window's first new token "
-                "needs one before it; make stride smaller than context"
-            )
-        return self
-
-
-class PublishSettings(_Section):
+class PublishSettings(Section):
     """Where a build goes and what it is called there."""
 
     name: str | None = Field(default=None, description="repository or folder name of the build")
@@ -223,7 +159,7 @@ class PublishSettings(_Section):
     )
 
 
-class Recipe(_Section):
+class Recipe(Section):
     """A whole recipe."""
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
@@ -241,6 +177,11 @@ class Recipe(_Section):
     divergence: DivergenceSettings = DivergenceSettings()
     evaluation: EvaluationSettings = EvaluationSettings()
     publish: PublishSettings = PublishSettings()
+    baselines: dict[str, str] = Field(
+        default={},
+        description="builds to compare with, by name: a workspace, an evaluation's record, or the "
+        "folder of a checkpoint, which is then measured too",
+    )
     file: str = Field(default="", exclude=True)
 
     @model_validator(mode="after")
@@ -255,6 +196,17 @@ class Recipe(_Section):
                 "the quantizer `gptq` needs an imatrix that was made with "
                 "`glm-quant calibrate --factors`; name its folder as `imatrix`"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _baselines_are_known(self) -> Self:
+        for bound in (*self.divergence.bounds, *self.evaluation.bounds):
+            if bound.baseline is not None and bound.baseline not in self.baselines:
+                known = ", ".join(self.baselines) or "none"
+                raise ValueError(
+                    f"a bound on {bound.measure} names {bound.baseline!r} as baseline; `baselines` "
+                    f"has {known}"
+                )
         return self
 
     def where(self, rule: Rule) -> str:

@@ -18,10 +18,10 @@ import numpy as np
 
 from glm_quant import __version__
 from glm_quant.artifact import FileDigest, require_space, sha256_file
-from glm_quant.checkpoint.manifest import MANIFEST_NAME
 from glm_quant.checkpoint.reader import Checkpoint
 from glm_quant.errors import EvaluationError
 from glm_quant.evaluation.activations import load_arrays, save_arrays
+from glm_quant.evaluation.baselines import build_identity
 from glm_quant.evaluation.compare import Positions, compare_states, targets_of
 from glm_quant.evaluation.divergence_record import (
     DivergenceRecord,
@@ -110,15 +110,6 @@ def half_of_memory() -> int:
 def build_inputs(build: Path, reference: str) -> Canonical:
     """Return what decides a comparison: the build and the reference."""
     return {"version": VERSION, "build": build_identity(build), "reference": reference}
-
-
-def build_identity(build: Path) -> str:
-    """Return the sha256 of the build's manifest, or of its files' identities if it has none."""
-    manifest = build / MANIFEST_NAME
-    if manifest.is_file():
-        return sha256_file(manifest)
-    files = Checkpoint.open(build).files
-    return fingerprint({name: file.identity for name, file in files.items()})
 
 
 def reference_key(source: Checkpoint, tokens_sha256: str) -> str:

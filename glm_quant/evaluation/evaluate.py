@@ -5,45 +5,57 @@ import subprocess
 import sys
 import tempfile
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from importlib.metadata import version
 from pathlib import Path
 
 from glm_quant import __version__
-from glm_quant.artifact import sha256_file
-from glm_quant.checkpoint.manifest import MANIFEST_NAME
+from glm_quant.artifact import Record, sha256_file
 from glm_quant.errors import EvaluationError, RecipeError
+from glm_quant.evaluation.baselines import Baseline, build_identity, open_baseline
+from glm_quant.evaluation.figures import compare, figures, hold
+from glm_quant.evaluation.harness import require_harness
 from glm_quant.evaluation.perplexity import digest_text
-from glm_quant.evaluation.records import EvaluationRecord, Measurements
+from glm_quant.evaluation.records import BaselineMeasurements, EvaluationRecord, Measurements
 from glm_quant.evaluation.request import Request
 from glm_quant.fingerprint import Canonical, fingerprint
-from glm_quant.recipe import EvaluationSettings
+from glm_quant.settings import EvaluationSettings
 from glm_quant.testbed import held_out_text
 
 Progress = Callable[[int, int], None]
 
 # Raise it when a measurement changes its meaning: records made before are then made anew.
-VERSION = 1
+VERSION = 2
 
 _BUILT_IN_TEXT = "held-out text of Python's standard library"
 _STDERR_LINES = 12
+# What may change without anything being measured again.
+_BOUNDS = {"bounds", "max_perplexity", "min_needle_score"}
 
 
-def evaluation_inputs(checkpoint: Path, settings: EvaluationSettings) -> Canonical:
+class MeasurementsRecord(Record):
+    """What the worker measured of one checkpoint, kept whatever the bounds say of it."""
+
+    measurements: Measurements
+
+
+def evaluation_inputs(
+    checkpoint: Path, settings: EvaluationSettings, baselines: Mapping[str, str] | None = None
+) -> Canonical:
     """Return everything that decides an evaluation's meaning: build, settings, text, versions.
 
+    Args:
+        checkpoint: the build.
+        settings: what is measured, and the bounds.
+        baselines: what it is compared with, by name.
+
     Raises:
-        RecipeError: the recipe's text cannot be read.
+        RecipeError: a text, a file or a baseline of the recipe cannot be read.
     """
-    identity = checkpoint / MANIFEST_NAME
-    if not identity.is_file():
-        identity = checkpoint / "config.json"
     return {
-        "version": VERSION,
-        "build": sha256_file(identity),
-        "settings": settings.model_dump_json(),
-        "text": digest_text(_text(settings)[1]),
-        "versions": [__version__, version("mlx"), version("mlx-lm")],
+        "measured": _measured_inputs(build_identity(checkpoint), settings),
+        "bounds": settings.model_dump_json(include=_BOUNDS),
+        "baselines": {each.name: each.identity for each in _opened(baselines)},
     }
 
 
@@ -51,28 +63,66 @@ def evaluate(
     checkpoint: Path,
     settings: EvaluationSettings,
     *,
+    folder: Path | None = None,
+    baselines: Mapping[str, str] | None = None,
     stage_fingerprint: str | None = None,
     progress: Progress | None = None,
 ) -> EvaluationRecord:
-    """Measure a finished build and hold it to the recipe's bounds.
+    """Measure a build, compare it with the baselines and check the bounds.
 
     Args:
-        checkpoint: a folder that stock mlx-lm can load.
+        checkpoint: folder of a finished build.
         settings: what to measure, and the bounds.
+        folder: where measurements are kept, so that another bound does not measure again.
+        baselines: what to compare with, by name: see `open_baseline`.
         stage_fingerprint: what the record shall carry; default: that of `evaluation_inputs`.
         progress: called with tokens done and tokens to do.
 
     Raises:
-        EvaluationError: the model crashed or could not be loaded, or broke a bound.
-        RecipeError: the recipe's text cannot be read.
+        EvaluationError: a model crashed or could not be loaded, or the build broke a bound.
+        RecipeError: a text, a file or a baseline of the recipe cannot be read.
     """
-    name, text = _text(settings)
-    request = Request(checkpoint=checkpoint, settings=settings, text_name=name, text=text)
-    measurements = _run_worker(request, progress)
-    own = stage_fingerprint or fingerprint(evaluation_inputs(checkpoint, settings))
-    record = EvaluationRecord(fingerprint=own, measurements=measurements)
+    require_measurable(settings, baselines)
+    own = stage_fingerprint or fingerprint(evaluation_inputs(checkpoint, settings, baselines))
+    measured = _measure(checkpoint, settings, folder, progress)
+    others = [
+        BaselineMeasurements(
+            name=each.name,
+            build=each.identity,
+            measurements=each.evaluation.measurements
+            if each.evaluation
+            else _measure(each.place, settings, folder, progress),
+        )
+        for each in _opened(baselines)
+    ]
+    record = EvaluationRecord(
+        fingerprint=own,
+        measurements=measured,
+        baselines=tuple(others),
+        comparisons=tuple(
+            comparison
+            for other in others
+            for comparison in compare(other.name, measured, other.measurements)
+        ),
+    )
     check_bounds(record, settings)
     return record
+
+
+def require_measurable(
+    settings: EvaluationSettings, baselines: Mapping[str, str] | None = None
+) -> None:
+    """Check, before anything expensive, that what will be measured can be.
+
+    Raises:
+        RecipeError: a text, a file or a baseline of the recipe cannot be read.
+        EvaluationError: lm-evaluation-harness is asked for and not installed.
+    """
+    _texts(settings)
+    _file_digests(settings)
+    _opened(baselines)
+    if settings.harness:
+        require_harness()
 
 
 def check_bounds(record: EvaluationRecord, settings: EvaluationSettings) -> None:
@@ -89,6 +139,7 @@ def check_bounds(record: EvaluationRecord, settings: EvaluationSettings) -> None
                 f"evaluation: perplexity on {measured.text} is {measured.value:.4f}, the recipe's "
                 f"max_perplexity is {most:g}. Give the recipe more bits, or correct the bound."
             )
+    hold(settings.bounds, figures(record.measurements), record.comparisons, "evaluation")
     least, needle = settings.min_needle_score, record.measurements.needle
     if least is None:
         return
@@ -106,17 +157,79 @@ def check_bounds(record: EvaluationRecord, settings: EvaluationSettings) -> None
         )
 
 
-def _text(settings: EvaluationSettings) -> tuple[str, str]:
-    """Return name and content of the text."""
+def _measured_inputs(build: str, settings: EvaluationSettings) -> Canonical:
+    """Return what decides measurements, whatever they are held to."""
+    packages = ["mlx", "mlx-lm", *(["lm_eval"] if settings.harness else [])]
+    return {
+        "version": VERSION,
+        "build": build,
+        "settings": settings.model_dump_json(exclude=_BOUNDS),
+        "texts": {name: digest_text(text) for name, text in _texts(settings).items()},
+        "files": _file_digests(settings),
+        "versions": [__version__, *(version(name) for name in packages)],
+    }
+
+
+def _measure(
+    checkpoint: Path, settings: EvaluationSettings, folder: Path | None, progress: Progress | None
+) -> Measurements:
+    """Measure a checkpoint, or read what was measured of it before."""
+    own = fingerprint(_measured_inputs(build_identity(checkpoint), settings))
+    path = None if folder is None else folder / f"{own[:16]}.json"
+    known = None if path is None else MeasurementsRecord.load(path)
+    if known is not None and known.fingerprint == own:
+        return known.measurements
+    (name, text), *others = _texts(settings).items()
+    request = Request(
+        checkpoint=checkpoint, settings=settings, text_name=name, text=text, texts=dict(others)
+    )
+    measured = _run_worker(request, progress)
+    if path is not None:
+        MeasurementsRecord(fingerprint=own, measurements=measured).save(path)
+    return measured
+
+
+def _opened(baselines: Mapping[str, str] | None) -> list[Baseline]:
+    return [open_baseline(name, place) for name, place in (baselines or {}).items()]
+
+
+def _texts(settings: EvaluationSettings) -> dict[str, str]:
+    """Return the texts for perplexity by name; the first is that of `perplexity_text`."""
+    texts: dict[str, str] = {}
     if settings.perplexity_text is None:
-        return _BUILT_IN_TEXT, held_out_text()
-    path = Path(settings.perplexity_text).expanduser()
+        texts[_BUILT_IN_TEXT] = held_out_text()
+    else:
+        path = Path(settings.perplexity_text).expanduser()
+        texts[path.name] = _read(path, "perplexity_text")
+    for name, file in settings.perplexity_texts.items():
+        if name in texts:
+            raise RecipeError(
+                f"evaluation: perplexity_texts has {name!r}, which is the name of perplexity_text "
+                "too. Name it otherwise."
+            )
+        texts[name] = _read(Path(file).expanduser(), f"perplexity_texts.{name}")
+    return texts
+
+
+def _read(path: Path, key: str) -> str:
     try:
-        return path.name, path.read_text(encoding="utf-8")
+        return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise RecipeError(
-            f"{path}: the recipe's perplexity_text cannot be read ({error})."
-        ) from None
+        raise RecipeError(f"{path}: the recipe's {key} cannot be read ({error}).") from None
+
+
+def _file_digests(settings: EvaluationSettings) -> dict[str, Canonical]:
+    """Return the sha256 of the local data of the peers' protocols."""
+    named = dict(settings.harness.files) if settings.harness else {}
+    if settings.peer_perplexity and settings.peer_perplexity.file:
+        named["peer_perplexity"] = settings.peer_perplexity.file
+    digests: dict[str, Canonical] = {}
+    for name, file in named.items():
+        path = Path(file).expanduser()
+        if not path.is_file():
+            raise RecipeError(f"{path}: the recipe's data file for {name} is not there.")
+        digests[name] = sha256_file(path)
+    return digests
 
 
 def _run_worker(request: Request, progress: Progress | None) -> Measurements:

@@ -85,6 +85,8 @@ def measure_perplexity(
             f"strided: windows of {context:,} tokens moved on by {stride:,}, every token but the "
             "first scored once; the standard error is clustered by window"
         ),
+        window_nll=[loss for loss, _ in parts],
+        window_tokens=[count for _, count in parts],
     )
 
 

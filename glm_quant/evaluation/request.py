@@ -4,7 +4,7 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict
 
-from glm_quant.recipe import EvaluationSettings
+from glm_quant.settings import EvaluationSettings
 
 
 class Request(BaseModel):
@@ -14,6 +14,7 @@ class Request(BaseModel):
         text_name: what the record calls the text.
         text: the text itself: perplexity is measured on it, prompts and needle filler are cut from
             it.
+        texts: further texts for perplexity, by the recipe's names.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -22,3 +23,4 @@ class Request(BaseModel):
     settings: EvaluationSettings
     text_name: str
     text: str
+    texts: dict[str, str] = {}

@@ -25,11 +25,10 @@ from glm_quant.evaluation.divergence_record import SliceFacts
 from glm_quant.evaluation.perplexity import digest_text
 from glm_quant.quantize.assemble import COMPANIONS
 from glm_quant.recipe import DivergenceSettings
+from glm_quant.settings import BUILT_IN_SLICES
 from glm_quant.testbed import held_out_text
 
 _CHATS = TypeAdapter(list[list[dict[str, str]]])
-
-BUILT_IN = ("english", "code", "chinese", "chat")
 
 
 @dataclass(frozen=True)
@@ -113,7 +112,7 @@ def read_texts(settings: DivergenceSettings) -> Mapping[str, str]:
         RecipeError: a file cannot be read.
     """
     if settings.texts is None:
-        return {name: _built_in(name) for name in BUILT_IN}
+        return {name: _built_in(name) for name in BUILT_IN_SLICES}
     texts: dict[str, str] = {}
     for name, file in settings.texts.items():
         path = Path(file).expanduser()

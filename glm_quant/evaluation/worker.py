@@ -12,16 +12,24 @@ import time
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import mlx.core as mx
 
 from glm_quant import __version__
 from glm_quant.artifact import write_atomic
 from glm_quant.errors import EvaluationError
+from glm_quant.evaluation.coherence import measure_coherence
 from glm_quant.evaluation.needle import measure_needle
+from glm_quant.evaluation.peer_records import Harness, PeerPerplexity
 from glm_quant.evaluation.perplexity import digest_text, measure_perplexity
-from glm_quant.evaluation.records import Measurements, Speed
+from glm_quant.evaluation.records import (
+    Coherence,
+    Measurements,
+    Needle,
+    Perplexity,
+    Speed,
+)
 from glm_quant.evaluation.request import Request
 from glm_quant.evaluation.speed import (
     choose_arithmetic,
@@ -32,9 +40,12 @@ from glm_quant.evaluation.speed import (
     warm_up,
     wired,
 )
-from glm_quant.recipe import EvaluationSettings
+from glm_quant.settings import EvaluationSettings
 
 Tick = Callable[[int], None]
+
+# About what an item of a task takes, with its choices.
+_ITEM_TOKENS = 128
 
 
 def main(arguments: list[str]) -> None:
@@ -58,47 +69,90 @@ def measure(request: Request, progress: Callable[[int, int], None]) -> Measureme
     begin = time.perf_counter()
     settings = request.settings
     model, tokenizer, load = load_build(request.checkpoint)
-    tokens = _tokens(tokenizer, request)
+    texts = {request.text_name: request.text, **request.texts}
+    tokens = {name: _tokens(tokenizer, name, text, settings) for name, text in texts.items()}
     arithmetic = choose_arithmetic(model)
-    scored = tokens[: settings.perplexity_tokens]
-    tick = _ticker(progress, len(scored) - 1 + _work(settings))
+    scored = {name: ids[: settings.perplexity_tokens] for name, ids in tokens.items()}
+    tick = _ticker(progress, sum(len(ids) - 1 for ids in scored.values()) + _work(settings))
     peak = mx.get_peak_memory()
     with wired(model):
         mx.reset_peak_memory()
-        perplexity = measure_perplexity(
-            model,
-            scored,
-            context=settings.context,
-            stride=settings.stride,
-            text=request.text_name,
-            text_sha256=digest_text(request.text),
-            progress=tick,
-        )
+        perplexity = [
+            _perplexity(model, name, texts[name], scored[name], settings, tick) for name in texts
+        ]
         peak = max(peak, mx.get_peak_memory())
-        speed = _speeds(model, tokens, settings, tick)
+        speed = _speeds(model, tokens[request.text_name], settings, tick)
         mx.reset_peak_memory()
-        needle = (
-            measure_needle(model, tokenizer, request.text, settings, tick)
-            if settings.needle_lengths
-            else None
-        )
+        needle, coherence = _probes(model, tokenizer, request, tick)
+        resident = peak_rss_bytes()
+        peak = max(peak, mx.get_peak_memory(), *(s.mlx_peak_bytes for s in speed))
+        peer, harness = _peers(model, tokenizer, settings, tick)
     return Measurements(
         machine=this_machine(),
         arithmetic=arithmetic,
-        versions={
-            "glm-quant": __version__,
-            "mlx": version("mlx"),
-            "mlx-lm": version("mlx-lm"),
-            "transformers": version("transformers"),
-        },
+        versions=_versions(),
         load=load,
-        perplexity=[perplexity],
+        perplexity=perplexity,
         speed=speed,
         needle=needle,
-        peak_rss_bytes=peak_rss_bytes(),
-        mlx_peak_bytes=max(peak, mx.get_peak_memory(), *(s.mlx_peak_bytes for s in speed), 0),
+        peak_rss_bytes=resident,
+        mlx_peak_bytes=peak,
         seconds=round(time.perf_counter() - begin, 3),
+        peer_perplexity=peer,
+        harness=harness,
+        coherence=coherence,
     )
+
+
+def _perplexity(
+    model: Any, name: str, text: str, tokens: list[int], settings: EvaluationSettings, tick: Tick
+) -> Perplexity:
+    return measure_perplexity(
+        model,
+        tokens,
+        context=settings.context,
+        stride=settings.stride,
+        text=name,
+        text_sha256=digest_text(text),
+        progress=tick,
+    )
+
+
+def _probes(
+    model: Any, tokenizer: Any, request: Request, tick: Tick
+) -> tuple[Needle | None, Coherence | None]:
+    settings = request.settings
+    needle = coherence = None
+    if settings.needle_lengths:
+        needle = measure_needle(model, tokenizer, request.text, settings, tick)
+    if settings.coherence:
+        coherence = measure_coherence(model, tokenizer, settings.coherence, tick)
+    return needle, coherence
+
+
+def _peers(
+    model: Any, tokenizer: Any, settings: EvaluationSettings, tick: Tick
+) -> tuple[PeerPerplexity | None, Harness | None]:
+    """Measure by the peers' own code; imported here, since few recipes ask for it."""
+    perplexity = harness = None
+    # `__main__` shut torch out; datasets imports torch where it finds its name in sys.modules.
+    if "torch" in sys.modules and cast("Any", sys.modules["torch"]) is None:
+        del sys.modules["torch"]
+    if settings.peer_perplexity:
+        from glm_quant.evaluation.peers import measure_peer_perplexity
+
+        perplexity = measure_peer_perplexity(model, tokenizer, settings.peer_perplexity, tick)
+    if settings.harness:
+        from glm_quant.evaluation.harness import measure_harness
+
+        harness = measure_harness(model, tokenizer, settings.harness)
+        tick(_harness_work(settings))
+    return perplexity, harness
+
+
+def _versions() -> dict[str, str]:
+    packages = {name: version(name) for name in ("mlx", "mlx-lm", "transformers")}
+    return {"glm-quant": __version__, **packages}
 
 
 def _speeds(model: Any, tokens: list[int], settings: EvaluationSettings, tick: Tick) -> list[Speed]:
@@ -112,21 +166,32 @@ def _speeds(model: Any, tokens: list[int], settings: EvaluationSettings, tick: T
     return speeds
 
 
-def _tokens(tokenizer: Any, request: Request) -> list[int]:
-    tokens: list[int] = tokenizer.encode(request.text, add_special_tokens=False)
-    if len(tokens) < request.settings.context:
+def _tokens(tokenizer: Any, name: str, text: str, settings: EvaluationSettings) -> list[int]:
+    tokens: list[int] = tokenizer.encode(text, add_special_tokens=False)
+    if len(tokens) < settings.context:
         raise EvaluationError(
-            f"{request.text_name}: the text has {len(tokens):,} tokens, the context is "
-            f"{request.settings.context:,}. Name a longer text in the recipe's perplexity_text."
+            f"{name}: the text has {len(tokens):,} tokens, the context is "
+            f"{settings.context:,}. Name a longer text in the recipe's perplexity_text(s)."
         )
     return tokens
 
 
 def _work(settings: EvaluationSettings) -> int:
-    """Return the prompt tokens to go through."""
+    """Return the tokens to go through, apart from the strided texts."""
     cells = len(settings.needle_depths) * settings.needle_repeats
-    needle = sum(settings.needle_lengths) * cells
-    return sum(settings.prompt_tokens) + needle
+    work = sum(settings.prompt_tokens) + sum(settings.needle_lengths) * cells
+    if settings.coherence:
+        work += settings.coherence.tokens * len(settings.coherence.prompts)
+    if peer := settings.peer_perplexity:
+        work += peer.num_samples * (peer.sequence_length - 1)
+    return work + _harness_work(settings)
+
+
+def _harness_work(settings: EvaluationSettings) -> int:
+    """Return about how many tokens the harness's tasks have: they are told when all is done."""
+    if settings.harness is None:
+        return 0
+    return len(settings.harness.tasks) * (settings.harness.limit or 1000) * _ITEM_TOKENS
 
 
 def _ticker(progress: Callable[[int, int], None], total: int) -> Tick:

@@ -7,7 +7,7 @@ from glm_quant.build import Build
 from glm_quant.checkpoint.manifest import load_manifest
 from glm_quant.errors import EvaluationError, ParityError, PublishError
 from glm_quant.evaluation.divergence import check_bounds as check_divergence
-from glm_quant.evaluation.evaluate import check_bounds
+from glm_quant.evaluation.evaluate import check_bounds, require_measurable
 from glm_quant.hub.license import require_license
 from glm_quant.parity.check import enforce
 from glm_quant.quantize.verify import verify
@@ -20,11 +20,14 @@ _verified: set[tuple[tuple[str, int, int], ...]] = set()
 
 
 def check_targets(build: Build) -> None:
-    """Refuse, before anything expensive, what publishing would refuse in the end.
+    """Refuse, before anything expensive, what measuring and publishing would refuse in the end.
 
     Raises:
+        RecipeError: a text, a file or a baseline of the recipe cannot be read.
+        EvaluationError: what the recipe measures with is not installed.
         PublishError: a target's address is malformed, or the licence stands in the way.
     """
+    require_measurable(build.recipe.evaluation, build.recipe.baselines)
     for target in build.targets:
         build.open_target(target, "unused")
     if build.targets:

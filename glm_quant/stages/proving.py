@@ -130,8 +130,11 @@ class EvaluationStage(Stage[EvaluationRecord]):
     record_type = EvaluationRecord
 
     def inputs(self) -> Canonical:
-        """Return the build, the settings, the text and the versions."""
-        return evaluation_inputs(self.build.workspace.checkpoint, self.build.recipe.evaluation)
+        """Return the build, the settings, the texts, the baselines and the versions."""
+        recipe = self.build.recipe
+        return evaluation_inputs(
+            self.build.workspace.checkpoint, recipe.evaluation, recipe.baselines
+        )
 
     def make(self, progress: Progress) -> EvaluationRecord:
         """Measure.
@@ -139,9 +142,12 @@ class EvaluationStage(Stage[EvaluationRecord]):
         Raises:
             EvaluationError: the model crashed, or a bound is broken.
         """
+        workspace, recipe = self.build.workspace, self.build.recipe
         return evaluate(
-            self.build.workspace.checkpoint,
-            self.build.recipe.evaluation,
+            workspace.checkpoint,
+            recipe.evaluation,
+            folder=workspace.records / "measurements",
+            baselines=recipe.baselines,
             stage_fingerprint=self.fingerprint(),
             progress=progress,
         )

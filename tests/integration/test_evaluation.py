@@ -14,12 +14,15 @@ import pytest
 from mlx_lm import load
 
 from glm_quant.errors import EvaluationError, RecipeError
+from glm_quant.evaluation import evaluate as module
+from glm_quant.evaluation.baselines import open_baseline
 from glm_quant.evaluation.evaluate import evaluate, evaluation_inputs
 from glm_quant.evaluation.perplexity import windows
 from glm_quant.evaluation.records import EvaluationRecord
 from glm_quant.evaluation.request import Request
 from glm_quant.fingerprint import fingerprint
-from glm_quant.recipe import EvaluationSettings, load_recipe
+from glm_quant.recipe import load_recipe
+from glm_quant.settings import Bound, CoherenceSettings, EvaluationSettings
 from glm_quant.testbed import held_out_text, tiny_glm_path
 
 SETTINGS = EvaluationSettings(
@@ -158,6 +161,81 @@ def test_prints_of_the_model_do_not_disturb(build: Path, tmp_path: Path) -> None
     quick = EvaluationSettings(perplexity_tokens=64, context=64, stride=32, prompt_tokens=())
     evaluate(noisy, quick, progress=lambda done, total: told.append((done, total)))
     assert told == [(63, 63)]
+
+
+@pytest.fixture(scope="module")
+def half_split(build: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Give the build with another rotation in its indexer: a baseline that is another model."""
+    other = shutil.copytree(build, tmp_path_factory.mktemp("half-split") / "build")
+    config = json.loads((other / "config.json").read_text())
+    config["indexer_rope_interleave"] = False
+    (other / "config.json").write_text(json.dumps(config))
+    (other / "manifest.json").write_bytes((build / "manifest.json").read_bytes() + b"\n")
+    return other
+
+
+def test_a_baseline_is_measured_alike_and_compared_in_pairs(
+    build: Path, half_split: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Named texts, long outputs, a checkpoint as baseline; another bound measures nothing again."""
+    text = tmp_path / "more.txt"
+    text.write_text(held_out_text()[:4000])
+    settings = EvaluationSettings(
+        perplexity_tokens=400,
+        context=160,  # above index_topk, so that the indexer decides
+        stride=80,
+        perplexity_texts={"code": str(text)},
+        prompt_tokens=(),
+        coherence=CoherenceSettings(prompts=("Write.",), tokens=16),
+        bounds=(Bound(measure="perplexity/code", max=0, baseline="half-split"),),
+    )
+    given = {"folder": tmp_path / "kept", "baselines": {"half-split": str(half_split)}}
+    record = evaluate(build, settings, **given)
+    names = [each.text for each in record.measurements.perplexity]
+    assert names[1:] == ["code"]
+    found = {each.measure: each for each in record.comparisons}
+    other = record.baselines[0].measurements
+    for name, ours, theirs in zip(
+        ("perplexity", "perplexity/code"),
+        record.measurements.perplexity,
+        other.perplexity,
+        strict=True,
+    ):
+        each = found[name]
+        assert (each.value, each.baseline_value) == (ours.value, theirs.value)
+        assert each.pairs == ours.windows
+        assert each.difference < 0  # the right rotation is better
+        assert each.standard_error is not None
+        assert ours.standard_error is not None
+        assert each.standard_error < ours.standard_error  # the texts' own difficulty is shared
+    coherence = record.measurements.coherence
+    assert coherence is not None
+    assert 0 < coherence.outputs[0].tokens <= 16
+    assert other.coherence is not None
+
+    monkeypatch.setattr(module, "_run_worker", None)  # whoever calls it fails
+    tight = Bound(measure="perplexity", max=0.5, baseline="half-split", ratio=True)
+    with pytest.raises(
+        EvaluationError, match=r"perplexity is .*'half-split' .* of it; the recipe's max is 0\.5"
+    ):
+        evaluate(build, settings.model_copy(update={"bounds": (tight,)}), **given)
+
+
+def test_a_finished_workspace_is_a_baseline(
+    evaluated: tuple[EvaluationRecord, list[tuple[int, int]]], tmp_path: Path
+) -> None:
+    """Its record is read, from the workspace or by itself; a damaged one is told."""
+    path = tmp_path / "work" / "records" / "evaluate.json"
+    path.parent.mkdir(parents=True)
+    evaluated[0].save(path)
+    for place in (tmp_path / "work", path):
+        found = open_baseline("b", str(place))
+        assert (found.evaluation, found.place) == (evaluated[0], tmp_path / "work")
+    path.write_bytes(path.read_bytes().replace(b"cpu", b"gpu"))
+    with pytest.raises(RecipeError, match=r"evaluate\.json: this record of baseline 'b'"):
+        open_baseline("b", str(tmp_path / "work"))
+    with pytest.raises(RecipeError, match=r"nowhere: baseline 'b' is no workspace"):
+        open_baseline("b", str(tmp_path / "nowhere"))
 
 
 def test_too_short_a_text_is_named(build: Path, tmp_path: Path) -> None:

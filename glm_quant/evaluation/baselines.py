@@ -1,0 +1,78 @@
+"""Builds that a recipe names to be compared with: where their figures come from.
+
+A workspace, or a record in one, has been measured before and is read; the folder of a checkpoint is
+measured as the build itself is. What a reader would get wrong: a workspace's figures were measured
+by its own recipe's settings, and only those of the same texts and lengths are compared.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from glm_quant.artifact import sha256_file
+from glm_quant.checkpoint.manifest import MANIFEST_NAME
+from glm_quant.checkpoint.reader import Checkpoint
+from glm_quant.errors import RecipeError
+from glm_quant.evaluation.divergence_record import DivergenceRecord
+from glm_quant.evaluation.records import EvaluationRecord
+from glm_quant.fingerprint import fingerprint
+
+
+@dataclass(frozen=True)
+class Baseline:
+    """One of them.
+
+    Attributes:
+        name: what the recipe calls it.
+        identity: sha256 of the record's file, or of what identifies the checkpoint.
+        place: the folder of the checkpoint, or of the workspace that the record stands in.
+        evaluation: the workspace's record; None for a checkpoint, which is to be measured.
+    """
+
+    name: str
+    identity: str
+    place: Path
+    evaluation: EvaluationRecord | None = None
+
+    def divergence(self) -> tuple[DivergenceRecord, Path] | None:
+        """Return the workspace's divergence record and what its outputs are relative to."""
+        if self.evaluation is None:
+            return None
+        record = DivergenceRecord.load(self.place / "records" / "divergence.json")
+        return None if record is None else (record, self.place)
+
+
+def open_baseline(name: str, place: str) -> Baseline:
+    """Find a baseline.
+
+    Args:
+        name: what the recipe calls it.
+        place: a workspace, an evaluation's record in one, or the folder of a checkpoint.
+
+    Raises:
+        RecipeError: it is none of these, or was not evaluated.
+    """
+    path = Path(place).expanduser().absolute()
+    record = path if path.suffix == ".json" else path / "records" / "evaluate.json"
+    if record.is_file():
+        found = EvaluationRecord.load(record)
+        if found is None:
+            raise RecipeError(
+                f"{record}: this record of baseline {name!r} is damaged, or of a version that is "
+                "not read any more. Evaluate that build again, or name its checkpoint's folder."
+            )
+        return Baseline(name, sha256_file(record), record.parents[1], found)
+    if (path / "config.json").is_file():
+        return Baseline(name, build_identity(path), path)
+    raise RecipeError(
+        f"{place}: baseline {name!r} is no workspace with records/evaluate.json, no such record "
+        "and no folder of a checkpoint. Evaluate that build first, or correct the path."
+    )
+
+
+def build_identity(build: Path) -> str:
+    """Return the sha256 of the build's manifest, or of its files' identities if it has none."""
+    manifest = build / MANIFEST_NAME
+    if manifest.is_file():
+        return sha256_file(manifest)
+    files = Checkpoint.open(build).files
+    return fingerprint({name: file.identity for name, file in files.items()})
