@@ -23,12 +23,14 @@ from glm_quant.errors import EvaluationError
 from glm_quant.evaluation.activations import load_arrays, save_arrays
 from glm_quant.evaluation.baselines import build_identity
 from glm_quant.evaluation.compare import Positions, compare_states, targets_of
+from glm_quant.evaluation.divergence_beside import divergence_figures
 from glm_quant.evaluation.divergence_record import (
     DivergenceRecord,
     PassFacts,
     ReferenceRecord,
     make_rows,
 )
+from glm_quant.evaluation.figures import hold
 from glm_quant.evaluation.memory_plan import disk_bytes, plan_memory
 from glm_quant.evaluation.streaming import forget_states, sequence_path, stream_states
 from glm_quant.evaluation.token_set import TokenSet
@@ -272,6 +274,7 @@ def check_bounds(record: DivergenceRecord, settings: DivergenceSettings) -> None
             f"divergence: top-1 agreement with the source is {agreement:.4f}, the recipe's "
             f"min_top1_agreement is {least:g}. {_WAY_OUT}"
         )
+    hold(settings.bounds, divergence_figures(record), record.comparisons, "divergence")
 
 
 _WAY_OUT = "Give the recipe more bits, or correct the bound."

@@ -14,7 +14,7 @@ from glm_quant.artifact import Record, sha256_file
 from glm_quant.errors import EvaluationError, RecipeError
 from glm_quant.evaluation.baselines import Baseline, build_identity, open_baseline
 from glm_quant.evaluation.figures import compare, figures, hold
-from glm_quant.evaluation.harness import require_harness
+from glm_quant.evaluation.harness import require_package
 from glm_quant.evaluation.perplexity import digest_text
 from glm_quant.evaluation.records import BaselineMeasurements, EvaluationRecord, Measurements
 from glm_quant.evaluation.request import Request
@@ -116,13 +116,15 @@ def require_measurable(
 
     Raises:
         RecipeError: a text, a file or a baseline of the recipe cannot be read.
-        EvaluationError: lm-evaluation-harness is asked for and not installed.
+        EvaluationError: an optional package is asked for and not installed.
     """
     _texts(settings)
     _file_digests(settings)
     _opened(baselines)
     if settings.harness:
-        require_harness()
+        require_package("lm_eval", "evaluation.harness")
+    if settings.peer_perplexity and not settings.peer_perplexity.file:
+        require_package("datasets", "evaluation.peer_perplexity, of a dataset of the Hub")
 
 
 def check_bounds(record: EvaluationRecord, settings: EvaluationSettings) -> None:

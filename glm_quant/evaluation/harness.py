@@ -23,17 +23,21 @@ from glm_quant.settings import HarnessSettings
 _DEFAULT_METRIC = "acc"
 
 
-def require_harness() -> None:
-    """Check that lm-evaluation-harness is there, without importing it.
+def require_package(name: str, purpose: str) -> None:
+    """Check that a package of the extra `harness` is there, without importing it.
+
+    Args:
+        name: as it is imported.
+        purpose: the recipe's key that asks for it.
 
     Raises:
         EvaluationError: it is not installed.
     """
-    if find_spec("lm_eval") is None:
+    if find_spec(name) is None:
         raise EvaluationError(
-            "evaluation: the recipe asks for tasks of lm-evaluation-harness (evaluation.harness), "
-            "which is not installed. Install it with `uv sync --group harness` or `pip install "
-            "'glm-quant[harness]'`, or take `harness` out of the recipe."
+            f"evaluation: the recipe has {purpose}, which needs the package {name}, and it is not "
+            "installed. Install it with `uv sync --group harness` or `pip install "
+            "'glm-quant[harness]'`, or take it out of the recipe."
         )
 
 
@@ -46,9 +50,8 @@ def measure_harness(model: Any, tokenizer: Any, settings: HarnessSettings) -> Ha
         settings: the command's options.
 
     Raises:
-        EvaluationError: the harness is not installed, or a task or its data cannot be had.
+        EvaluationError: a task or its data cannot be had.
     """
-    require_harness()
     from lm_eval import simple_evaluate
     from lm_eval.tasks import TaskManager
 

@@ -4,7 +4,9 @@ from importlib.metadata import version
 from pathlib import Path
 
 from glm_quant.artifact import Record
+from glm_quant.evaluation.baselines import Baseline, open_baseline
 from glm_quant.evaluation.divergence import VERSION, build_folder, check_bounds, divergence
+from glm_quant.evaluation.divergence_beside import compare_divergence
 from glm_quant.evaluation.divergence_record import DivergenceRecord
 from glm_quant.evaluation.evaluate import evaluate, evaluation_inputs
 from glm_quant.evaluation.perplexity import digest_text
@@ -78,7 +80,7 @@ class DivergenceStage(Stage[DivergenceRecord]):
     record_type = DivergenceRecord
 
     def inputs(self) -> Canonical:
-        """Return the build, the settings, and the source by way of the build."""
+        """Return the build, the settings, the baselines, and the source by way of the build."""
         settings = self.build.recipe.divergence
         return {
             "version": VERSION,
@@ -86,6 +88,7 @@ class DivergenceStage(Stage[DivergenceRecord]):
             "settings": settings.model_dump_json(exclude={"memory_gb", "references"}),
             "texts": {name: digest_text(text) for name, text in read_texts(settings).items()},
             "versions": [version(name) for name in ("mlx", "mlx-lm")],
+            "baselines": [self._identity(baseline) for baseline in self._baselines()],
         }
 
     def make(self, progress: Progress) -> DivergenceRecord:
@@ -94,24 +97,54 @@ class DivergenceStage(Stage[DivergenceRecord]):
         Raises:
             EvaluationError: a bound is broken, or the memory is too small.
         """
+        found = self._measure(self.build.workspace.checkpoint, progress)
+        folder = build_folder(self.build.workspace.divergence, found)
+        comparisons = [
+            comparison
+            for baseline in self._baselines()
+            if (other := self._beside(baseline, progress)) is not None
+            for comparison in compare_divergence(baseline.name, (found, folder), other)
+        ]
+        found = found.model_copy(update={"comparisons": tuple(comparisons)})
+        check_bounds(found, self.build.recipe.divergence)
+        inside = folder.relative_to(self.root)
+        outputs = [
+            output.model_copy(update={"path": str(inside / output.path)})
+            for output in found.outputs
+        ]
+        return found.model_copy(update={"fingerprint": self.fingerprint(), "outputs": outputs})
+
+    def _measure(self, checkpoint: Path, progress: Progress) -> DivergenceRecord:
         settings, workspace = self.build.recipe.divergence, self.build.workspace
         shared = settings.references
-        found = divergence(
+        return divergence(
             self.build.checkpoint,
-            workspace.checkpoint,
+            checkpoint,
             make_token_set(self.build.checkpoint, settings),
             workspace.divergence,
             references=None if shared is None else Path(shared).expanduser(),
             memory_bytes=None if settings.memory_gb is None else int(settings.memory_gb * 1e9),
             progress=progress,
         )
-        check_bounds(found, settings)
-        folder = build_folder(workspace.divergence, found).relative_to(self.root)
-        outputs = [
-            output.model_copy(update={"path": str(folder / output.path)})
-            for output in found.outputs
-        ]
-        return found.model_copy(update={"fingerprint": self.fingerprint(), "outputs": outputs})
+
+    def _baselines(self) -> list[Baseline]:
+        return [open_baseline(name, at) for name, at in self.build.recipe.baselines.items()]
+
+    def _identity(self, baseline: Baseline) -> Canonical:
+        known = baseline.divergence()
+        return [baseline.name, baseline.identity, known[0].fingerprint if known else None]
+
+    def _beside(
+        self, baseline: Baseline, progress: Progress
+    ) -> tuple[DivergenceRecord, Path] | None:
+        """Return a baseline's record and folder; a checkpoint is streamed only if a bound asks."""
+        bounds = self.build.recipe.divergence.bounds
+        if baseline.evaluation is not None:
+            return baseline.divergence()
+        if not any(bound.baseline == baseline.name for bound in bounds):
+            return None
+        record = self._measure(baseline.place, progress)
+        return record, build_folder(self.build.workspace.divergence, record)
 
     def summarize(self, record: DivergenceRecord) -> str:
         """Return KL, agreement and both perplexities."""

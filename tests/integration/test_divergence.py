@@ -14,7 +14,8 @@ from glm_quant.errors import CheckpointError, EvaluationError, IntegrityError, R
 from glm_quant.evaluation import divergence as module
 from glm_quant.evaluation import streaming
 from glm_quant.evaluation.activations import load_arrays
-from glm_quant.evaluation.divergence import check_bounds, divergence
+from glm_quant.evaluation.divergence import build_folder, check_bounds, divergence
+from glm_quant.evaluation.divergence_beside import compare_divergence
 from glm_quant.evaluation.divergence_record import DivergenceRecord
 from glm_quant.evaluation.memory_plan import plan_memory
 from glm_quant.evaluation.streaming import stream_states
@@ -25,6 +26,7 @@ from glm_quant.model.geometry import Geometry
 from glm_quant.parity.candidate import load_unquantized, logits_of
 from glm_quant.parity.measures import kl_divergence, log_softmax, relative_error, top1_agreement
 from glm_quant.recipe import DivergenceSettings, Recipe, load_recipe
+from glm_quant.settings import Bound
 from glm_quant.testbed import tiny_glm_path
 from tests.hub_server import HubServer
 
@@ -275,6 +277,9 @@ def test_a_source_on_the_hub_is_read_by_range(
     assert found.source.startswith("hf://org/tiny@")
 
 
+ONE_SLICE = (Bound(measure="mean_kl/code", max=1e-4),)
+
+
 @pytest.mark.parametrize(
     ("bounds", "message"),
     [
@@ -285,6 +290,10 @@ def test_a_source_on_the_hub_is_read_by_range(
             r"perplexity over the source's is 1.* max_perplexity_ratio is 0\.5",
         ),
         ({"min_top1_agreement": 1.0}, r"top-1 agreement with the source is 0\.\d+, .* is 1\."),
+        (
+            {"texts": {"code": "", "english": ""}, "bounds": ONE_SLICE},
+            r"divergence: mean_kl/code is 0\.\d+; the recipe's max is 0\.0001",
+        ),
     ],
 )
 def test_a_broken_bound_names_measure_and_both_numbers(
@@ -293,6 +302,40 @@ def test_a_broken_bound_names_measure_and_both_numbers(
     check_bounds(record, DivergenceSettings())
     with pytest.raises(EvaluationError, match=message):
         check_bounds(record, DivergenceSettings(**bounds))  # pyright: ignore
+
+
+def test_builds_are_compared_sequence_by_sequence(
+    record: DivergenceRecord,
+    folder: Path,
+    source: Checkpoint,
+    tokens: TokenSet,
+    make_build: Any,
+    tmp_path: Path,
+) -> None:
+    """A build with experts in 8 bits is nearer to the source, by a paired error; a bound tells."""
+    demo = load_recipe("demo")
+    finer = [rule.model_copy(update={"bits": 8}) if rule.bits else rule for rule in demo.rules]
+    better = make_build(demo.model_copy(update={"rules": tuple(finer), "quantizer": "minmax"}))
+    other = divergence(source, better, tokens, tmp_path, references=folder)
+    sides = (record, build_folder(folder, record)), (other, build_folder(tmp_path, other))
+    found = {each.measure: each for each in compare_divergence("8-bit", *sides)}
+    arrays = [load_arrays(at / each.outputs[0].path)["kl"] for each, at in sides]
+    gaps = [part.mean() for part in np.split(arrays[0] - arrays[1], np.cumsum(LENGTHS)[:-1])]
+    assert found["mean_kl"].difference == pytest.approx((arrays[0] - arrays[1]).mean())
+    assert (found["mean_kl"].difference > 0, found["mean_kl"].pairs) == (True, 3)
+    # Of a ratio of sums over sequences (Cochran): deviations weigh as the sequences are long.
+    lengths = np.array(LENGTHS)
+    mean = (gaps * lengths).sum() / lengths.sum()
+    error = np.sqrt(1.5 * (((gaps - mean) * lengths) ** 2).sum()) / lengths.sum()
+    assert found["mean_kl"].standard_error == pytest.approx(error)
+    assert found["mean_kl/english"].standard_error is None  # one sequence
+    assert found["p99_kl"].pairs == 0
+    beside = record.model_copy(update={"comparisons": tuple(found.values())})
+    bound = Bound(measure="mean_kl", max=1.5, baseline="8-bit", ratio=True)
+    with pytest.raises(EvaluationError, match=r"mean_kl is .*'8-bit' .* of it; .* max is 1\.5"):
+        check_bounds(beside, DivergenceSettings(bounds=(bound,)))
+    unlike = (other.model_copy(update={"reference": "another"}), sides[1][1])
+    assert compare_divergence("8-bit", sides[0], unlike) == []
 
 
 def test_slices_are_cut_as_the_recipe_says(source: Checkpoint, tmp_path: Path) -> None:

@@ -153,17 +153,17 @@ def test_tasks_are_those_of_the_command(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """`mlx_lm.evaluate` with the same items writes the same scores and errors, every metric."""
-    import lm_eval
+    from lm_eval import evaluator
     from lm_eval.tasks import TaskManager
     from mlx_lm import evaluate as evaluate_command
 
     found = record.measurements.harness
     assert found is not None
-    folder = Path(lm_eval.__file__).parent / "tasks"
+    folder = Path(evaluator.__file__).parent / "tasks"
     # All tasks would take 15 seconds to read.
     only = [str(folder / task.task) for task in found.tasks]
     manager = TaskManager(include_path=only, include_defaults=False)
-    monkeypatch.setattr(lm_eval.evaluator, "TaskManager", lambda **_options: manager)
+    monkeypatch.setattr(evaluator, "TaskManager", lambda **_options: manager)
     for task in found.tasks:
         write_task(task.task, data / f"{task.task}.jsonl", tmp_path, manager)
     monkeypatch.setattr(evaluate_command, "load", load_as_evaluated)
@@ -210,5 +210,9 @@ def test_missing_harness_and_data_are_found_before_anything_starts(
     with pytest.raises(RecipeError, match=r"none\.jsonl: the recipe's data file for piqa is not"):
         require_measurable(absent)
     monkeypatch.setattr(our_harness, "find_spec", lambda _name: None)
-    with pytest.raises(EvaluationError, match=r"not installed.*uv sync --group harness"):
-        require_measurable(EvaluationSettings(harness=HarnessSettings()))
+    for settings, name in (
+        (EvaluationSettings(harness=HarnessSettings()), "lm_eval"),
+        (EvaluationSettings(peer_perplexity=PeerPerplexitySettings()), "datasets"),
+    ):
+        with pytest.raises(EvaluationError, match=rf"needs the package {name}.*--group harness"):
+            require_measurable(settings)
