@@ -7,8 +7,10 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any, Self
 
+from pydantic import ValidationError
+
 from glm_quant.artifact import FileDigest, Record
-from glm_quant.checkpoint.manifest import MANIFEST_NAME, load_manifest
+from glm_quant.checkpoint.manifest import MANIFEST_NAME, Manifest, load_manifest
 from glm_quant.errors import CardError
 from glm_quant.evaluation.divergence_record import DivergenceRecord
 from glm_quant.evaluation.records import EvaluationRecord
@@ -158,7 +160,7 @@ class _Records:
             if output.path in (_CONFIG, MANIFEST_NAME):
                 output.check(workspace.checkpoint)
         manifest = load_manifest(workspace.checkpoint)
-        recipe = Recipe.model_validate(manifest.recipe)
+        recipe = _recipe_of(manifest, workspace)
         return CardInputs(
             recipe=recipe,
             command=f"glm-quant run {recipe.name} --source {manifest.source}",
@@ -179,6 +181,19 @@ class _Records:
             evaluation=self.evaluate,
             layer_errors=layer_errors(self.parity.found) if self.parity else (),
         )
+
+
+def _recipe_of(manifest: Manifest, workspace: Workspace) -> Recipe:
+    try:
+        return Recipe.model_validate(manifest.recipe)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        raise CardError(
+            f"{workspace.checkpoint / MANIFEST_NAME}: the recipe in it was written by another "
+            f"version of glm-quant ({where}: {first['msg']}). Use that version, or run the flow "
+            "again with this one."
+        ) from None
 
 
 def _plan_facts(record: PlanRecord, checkpoint: Path) -> PlanFacts:

@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 from jinja2 import Environment
 
-from glm_quant.artifact import Record
+from glm_quant.artifact import FileDigest, Record
 from glm_quant.build import Build, BuildSpec
+from glm_quant.checkpoint.manifest import load_manifest
 from glm_quant.errors import BusyError, CardError, IntegrityError
 from glm_quant.stages.base import Stage
 from glm_quant.stages.making import (
@@ -162,6 +163,20 @@ def test_a_changed_config_is_refused(workspace: Path) -> None:
         config.read_text().replace('"num_hidden_layers": 4', '"num_hidden_layers": 5')
     )
     with pytest.raises(IntegrityError, match=r"config\.json.*sha256"):
+        render_again(build.workspace)
+
+
+def test_a_recipe_of_another_version_is_refused_in_words(workspace: Path) -> None:
+    """What this version cannot read is named, with the way out."""
+    build = open_build(workspace)
+    folder, record = build.workspace.checkpoint, build.workspace.records / "assemble.json"
+    manifest = load_manifest(folder)
+    manifest.model_copy(update={"recipe": {**manifest.recipe, "novel": 1}}).save(folder)
+    made = BuildRecord.load(record)
+    assert made is not None
+    outputs = [FileDigest.of(folder, output.path) for output in made.outputs]
+    made.model_copy(update={"outputs": outputs}).save(record)
+    with pytest.raises(CardError, match=r"another version of glm-quant \(novel: "):
         render_again(build.workspace)
 
 
