@@ -1,0 +1,50 @@
+"""Recipes side by side: bytes, KL divergence and perplexity, each against the source itself.
+
+    uv run python tests/benchmarks/recipe_quality.py demo fitted.yaml --source PATH/tiny-glm
+
+Meant for what `glm-quant fit` wrote: equal bytes and lower KL on held-out text is what it promises.
+"""
+
+import argparse
+import tempfile
+from pathlib import Path
+
+from glm_quant.checkpoint.reader import Checkpoint
+from glm_quant.evaluation.divergence import divergence
+from glm_quant.evaluation.token_set import make_token_set
+from glm_quant.quantize.command import convert_to_folder, open_conversion
+from glm_quant.recipe import DivergenceSettings
+from glm_quant.testbed import tiny_glm_path
+from tests.benchmarks.search_quality import Quiet
+
+
+def main() -> None:
+    """Print one line a recipe."""
+    parser = argparse.ArgumentParser(description=main.__doc__)
+    parser.add_argument("recipes", nargs="+")
+    parser.add_argument("--source", type=Path, default=tiny_glm_path())
+    parser.add_argument("--text", type=Path, default=tiny_glm_path().with_name("held_out.txt"))
+    parser.add_argument("--context", type=int, default=256)
+    parser.add_argument("--tokens", type=int, default=1 << 12)
+    options = parser.parse_args()
+    source = Checkpoint.open(options.source)
+    settings = DivergenceSettings(
+        texts={"held_out": str(options.text)}, tokens=options.tokens, context=options.context
+    )
+    tokens = make_token_set(source, settings)
+    with tempfile.TemporaryDirectory() as scratch:
+        for number, recipe in enumerate(options.recipes):
+            folder = Path(scratch) / str(number)
+            made = convert_to_folder(open_conversion(options.source, recipe, folder), Quiet())
+            row = divergence(source, folder, tokens, Path(scratch) / "divergence").row()
+            print(
+                f"{recipe}: {made.tensor_bytes:,} bytes of tensors, KL {row.mean_kl.value:.5f} ± "
+                f"{row.mean_kl.standard_error or 0:.5f}, top-1 {row.top1_agreement.value:.4f}, "
+                f"perplexity {row.build_perplexity.value:.3f} "
+                f"(source {row.reference_perplexity.value:.3f})",
+                flush=True,
+            )
+
+
+if __name__ == "__main__":
+    main()
