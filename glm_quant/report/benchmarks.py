@@ -18,7 +18,7 @@ _MEASURES = {
     "mean_kl": "KL to the source, mean",
     "p99_kl": "KL to the source, 99 %",
     "top1_agreement": "same top token as the source",
-    "nll": "loss on the source's tokens",
+    "nll_difference": "loss beside the source's",
     "perplexity": "perplexity, strided",
     "peer_perplexity": "perplexity, as mlx_lm.perplexity",
     "needle": "needle retrieval",

@@ -271,6 +271,7 @@ def test_published_figures_stand_only_beside_the_same_protocol(
 def test_differences_have_their_paired_error(rich: str) -> None:
     """Only what was taken pair by pair; speeds have no error and are columns alone."""
     assert "| KL to the source, mean, 3.5 bpw | 0.5 | 0.117 | **+0.383** ± 0.011 | 2 |" in rich
+    assert r"| loss beside the source's, co\~de, 3.5 bpw | 0.25 | 0.0811 | **+0.1689** ±" in rich
     assert "| PIQA, 3.5 bpw | 0.796 | 0.828 | **-0.032** ± 0.012 | 500 |" in rich
     assert "decode after" not in rich
 
