@@ -43,6 +43,8 @@ def server(
 ) -> None:
     """Run Prefect's server: the API, the UI, the schedule. Stays in the foreground."""
     prepare_service()
+    # The UI asks this address from the browser; Prefect's default is that of another port.
+    os.environ.setdefault("PREFECT_UI_API_URL", f"http://{host}:{port}/api")
     typer.echo(f"The UI: http://{host}:{port}. Next: `glm-quant worker`.", err=True)
     _become([*_prefect(), "server", "start", "--host", host, "--port", str(port)])
 

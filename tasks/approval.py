@@ -14,7 +14,14 @@ from pydantic import Field, ValidationError
 
 from glm_quant.build import Build, BuildSpec, open_build
 from glm_quant.errors import ApprovalError
-from glm_quant.stages.approving import give_word, last_word, needs_approval, question, refused
+from glm_quant.stages.approving import (
+    give_word,
+    identity,
+    last_word,
+    needs_approval,
+    question,
+    refused,
+)
 
 _WEEK_SECONDS = 7 * 24 * 3600
 
@@ -43,25 +50,27 @@ def approval(spec: BuildSpec) -> None:
             f"{build.workspace.checkpoint}, say `glm-quant approve {build.workspace.root}`, and "
             "run the same command again."
         )
-    answer = _ask(build, text)
-    give_word(build.workspace, answer.approve, answer.note)
+    answer, asked = _ask(build, text)
+    give_word(build.workspace, answer.approve, answer.note, asked)
     if not answer.approve:
         raise refused(build, answer.note)
 
 
-def _ask(build: Build, text: str) -> Approval:
-    """Return the answer; the first time through, end this process instead.
+def _ask(build: Build, text: str) -> tuple[Approval, int]:
+    """Return the answer and the questions so far; the first time through, end this process instead.
 
-    A key that was used is never asked again, so each question has its own: the answers so far and
-    the questions that nobody answered count.
+    A key that was used is never asked again and keeps its answer, so each question has its own: of
+    these bytes, and counting questions that were answered and questions that nobody answered.
     """
     said = last_word(build.workspace)
     form = Approval.with_initial_data(description=text)
-    for number in count(said.answers if said else 0):
+    about = f"approval-{flow_run.id}-{identity(build.workspace)[:12]}"
+    for number in count(said.asked if said else 0):
         try:
-            return suspend_flow_run(
-                wait_for_input=form, timeout=_WEEK_SECONDS, key=f"approval-{flow_run.id}-{number}"
+            answer = suspend_flow_run(
+                wait_for_input=form, timeout=_WEEK_SECONDS, key=f"{about}-{number}"
             )
+            return answer, number + 1
         except ValidationError:  # the question was asked before and nobody answered
             continue
     raise AssertionError("unreachable: count() does not end")

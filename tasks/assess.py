@@ -3,7 +3,7 @@
 from prefect import task
 
 from glm_quant.build import BuildSpec, open_build
-from glm_quant.stages.assessing import AssessParityStage, VerifyStage
+from glm_quant.stages.assessing import AssessDivergenceStage, AssessParityStage, VerifyStage
 from glm_quant.stages.base import StageResult
 from glm_quant.stages.proving import EvaluationStage
 from tasks.caching import on_disk
@@ -27,6 +27,17 @@ def assess_verify(spec: BuildSpec) -> StageResult:
 def assess_parity(spec: BuildSpec) -> StageResult:
     """Hold it against the reference: `glm_quant.stages.assessing.AssessParityStage`."""
     return run_stage(AssessParityStage(open_build(spec)))
+
+
+@task(
+    name="divergence",
+    task_run_name="divergence",
+    **on_disk(lambda inputs: AssessDivergenceStage(open_build(inputs["spec"]))),
+    **passing(),
+)
+def assess_divergence(spec: BuildSpec) -> StageResult:
+    """Measure how far it is from its source: `assessing.AssessDivergenceStage`."""
+    return run_stage(AssessDivergenceStage(open_build(spec)))
 
 
 @task(

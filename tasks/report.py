@@ -19,9 +19,9 @@ from prefect.cache_policies import NO_CACHE
 
 from glm_quant.build import Build, BuildSpec, open_build
 from glm_quant.stages import evidence
-from glm_quant.stages.assessing import AssessParityStage
+from glm_quant.stages.assessing import AssessDivergenceStage, AssessParityStage
 from glm_quant.stages.making import AssembleStage, PlanStage
-from glm_quant.stages.proving import EvaluationStage, ParityStage
+from glm_quant.stages.proving import DivergenceStage, EvaluationStage, ParityStage
 from glm_quant.stages.publishing import PublishStage
 from glm_quant.stages.releasing import CardStage
 
@@ -40,13 +40,13 @@ def report_plan(spec: BuildSpec) -> None:
 @task(name="report", task_run_name="report the build", persist_result=False, cache_policy=NO_CACHE)
 def report_build(spec: BuildSpec) -> None:
     """Show what was made, and what was found about it."""
-    _show(open_build(spec), _shards, _parity, _evaluation, _card)
+    _show(open_build(spec), _shards, _parity, _divergence, _evaluation, _card)
 
 
 @task(name="report", task_run_name="report", persist_result=False, cache_policy=NO_CACHE)
 def report_assessment(spec: BuildSpec) -> None:
     """Show what was found about a finished build."""
-    _show(open_build(spec), _source, _assessed_parity, _evaluation)
+    _show(open_build(spec), _source, _assessed_parity, _assessed_divergence, _evaluation)
 
 
 @task(name="report", task_run_name="report", persist_result=False, cache_policy=NO_CACHE)
@@ -95,6 +95,20 @@ def _comparison(stage: ParityStage) -> None:
     record = stage.current()
     if record:
         _table("parity", evidence.comparison_rows(record.found), stage.summarize(record))
+
+
+def _divergence(build: Build) -> None:
+    _distance(DivergenceStage(build))
+
+
+def _assessed_divergence(build: Build) -> None:
+    _distance(AssessDivergenceStage(build))
+
+
+def _distance(stage: DivergenceStage) -> None:
+    record = stage.current()
+    if record:
+        _table("divergence", evidence.divergence_table(record), stage.summarize(record))
 
 
 def _evaluation(build: Build) -> None:

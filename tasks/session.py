@@ -4,10 +4,22 @@ import logging
 from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
+from uuid import UUID
 
 from prefect.artifacts import create_markdown_artifact
+from prefect.client.orchestration import get_client
+from prefect.client.schemas.filters import (
+    FlowRunFilter,
+    FlowRunFilterId,
+    TaskRunFilter,
+    TaskRunFilterState,
+    TaskRunFilterStateType,
+)
+from prefect.client.schemas.objects import StateType
 from prefect.context import FlowRunContext
 from prefect.filesystems import LocalFileSystem
+from prefect.runtime import flow_run
+from prefect.states import Crashed
 
 from glm_quant.build import BuildSpec, claimed, workspace_of
 from glm_quant.errors import GlmQuantError
@@ -29,7 +41,25 @@ def at_work(spec: BuildSpec) -> Generator[None]:
     logging.getLogger("glm_quant").setLevel(logging.INFO)
     load_secrets()
     with told(), claimed(spec), results_in(workspace_of(spec).results), shown():
+        if flow_run.run_count > 1:
+            mark_dead_tasks()
         yield
+
+
+def mark_dead_tasks() -> None:
+    """Mark what an earlier process of this run left `Running`; the page would show it for ever."""
+    of_this_run = FlowRunFilter(id=FlowRunFilterId(any_=[UUID(str(flow_run.id))]))
+    running = TaskRunFilterStateType(any_=[StateType.RUNNING, StateType.PENDING])
+    try:
+        with get_client(sync_client=True) as client:
+            for dead in client.read_task_runs(
+                flow_run_filter=of_this_run,
+                task_run_filter=TaskRunFilter(state=TaskRunFilterState(type=running)),
+            ):
+                died = Crashed(message="The process that worked on it died.")
+                client.set_task_run_state(dead.id, died, force=True)
+    except Exception as absent:
+        _log.warning("tasks of an earlier process stay as they are: %s", absent)
 
 
 @contextmanager

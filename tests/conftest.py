@@ -1,10 +1,16 @@
 """What the tests share: the real release's metadata, a small checkpoint, and a real conversion."""
 
+import fcntl
+import hashlib
 import json
 import lzma
+import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -200,6 +206,39 @@ def made(
     finished = prepare(small_copy, tmp_path / "work", demo_recipe)
     assert all(finished.conversion.finished(i) for i in range(len(finished.plan.shards)))
     return finished
+
+
+@pytest.fixture(scope="session")
+def stock(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of the programs of stock mlx-lm and the OpenAI client, in an environment of their own.
+
+    Whichever process of a test run needs it first makes it, for the others too.
+    """
+    uv = shutil.which("uv")
+    if uv is None:
+        pytest.skip("uv is not installed")
+    backend = "mlx" if sys.platform == "darwin" else "mlx[cpu]"
+    wanted = [f"mlx-lm[evaluate]=={version('mlx-lm')}", f"{backend}=={version('mlx')}", "openai>=2"]
+    name = hashlib.sha256(" ".join([sys.version, *wanted]).encode()).hexdigest()[:12]
+    folder = tmp_path_factory.getbasetemp().parent / f"stock-{name}"
+    with folder.with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (folder / "whole").exists():
+            shutil.rmtree(folder, ignore_errors=True)
+            subprocess.run([uv, "venv", "-q", "--python", sys.executable, folder], check=True)
+            python = str(folder / "bin" / "python")
+            done = subprocess.run(
+                [uv, "pip", "install", "-q", "--python", python, *wanted],
+                capture_output=True,
+                text=True,
+                check=False,
+            )
+            if done.returncode and os.environ.get("CI"):
+                pytest.fail(done.stderr)
+            if done.returncode:
+                pytest.skip(f"the package index cannot be reached: {done.stderr[-300:]}")
+            (folder / "whole").touch()
+    return folder / "bin"
 
 
 @pytest.fixture(scope="session")

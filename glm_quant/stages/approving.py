@@ -17,12 +17,12 @@ class ApprovalRecord(Record):
     Attributes:
         approved: whether it may be published.
         note: what they said besides.
-        answers: how often anybody answered about these bytes.
+        asked: how often anybody was asked about these bytes.
     """
 
     approved: bool
     note: str = ""
-    answers: int = 1
+    asked: int = 1
 
 
 def needs_approval(build: Build) -> bool:
@@ -37,21 +37,29 @@ def needs_approval(build: Build) -> bool:
 def last_word(workspace: Workspace) -> ApprovalRecord | None:
     """Return what was said about the bytes that stand in a workspace now."""
     record = ApprovalRecord.load(workspace.records / APPROVAL_NAME)
-    return record if record and record.fingerprint == _bytes_of(workspace) else None
+    return record if record and record.fingerprint == identity(workspace) else None
 
 
-def give_word(workspace: Workspace, approved: bool, note: str) -> ApprovalRecord:
+def give_word(
+    workspace: Workspace, approved: bool, note: str, asked: int | None = None
+) -> ApprovalRecord:
     """Record a person's word on the bytes that stand in a workspace now.
+
+    Args:
+        workspace: of the build.
+        approved: whether it may be published.
+        note: what the person said besides.
+        asked: how often anybody was asked by now; default: once more than before.
 
     Raises:
         InputError: there is no finished build.
     """
     before = last_word(workspace)
     record = ApprovalRecord(
-        fingerprint=_bytes_of(workspace),
+        fingerprint=identity(workspace),
         approved=approved,
         note=note,
-        answers=before.answers + 1 if before else 1,
+        asked=asked or (before.asked if before else 0) + 1,
     )
     record.save(workspace.records / APPROVAL_NAME)
     return record
@@ -82,12 +90,17 @@ def question(build: Build) -> str:
         "|---|---|",
         *(f"| `{target}` | {diff.describe()} |" for target, diff in changes),
         "",
-        "The evidence is beside this: `parity`, `evaluation` and `card`.",
+        "The evidence is beside this: `parity`, `divergence`, `evaluation` and `card`.",
     ]
     return "\n".join(lines)
 
 
-def _bytes_of(workspace: Workspace) -> str:
+def identity(workspace: Workspace) -> str:
+    """Return the fingerprint of the bytes that stand in a workspace now.
+
+    Raises:
+        InputError: there is no finished build.
+    """
     path = workspace.checkpoint / MANIFEST_NAME
     if not path.is_file():
         raise InputError(

@@ -1,4 +1,4 @@
-"""The stages that judge a finished build, whoever made it: verify, parity, evaluate.
+"""The stages that judge a finished build, whoever made it: verify, parity, divergence, evaluate.
 
 A build's own stages know from the plan what they look at; here the build's manifest says it.
 """
@@ -14,7 +14,7 @@ from glm_quant.hub import DEFAULT_WINDOW
 from glm_quant.quantize.convert import Progress
 from glm_quant.quantize.verify import verify
 from glm_quant.stages.base import Stage
-from glm_quant.stages.proving import ParityStage
+from glm_quant.stages.proving import DivergenceStage, ParityStage
 
 
 class AssessSpec(BaseModel):
@@ -97,6 +97,18 @@ class VerifyStage(Stage[VerifyRecord]):
 
 class AssessParityStage(ParityStage):
     """Parity of a build that the manifest, not a plan, identifies."""
+
+    def inputs(self) -> Canonical:
+        """Return the build's manifest, its source, and how they are compared."""
+        return {
+            "build": VerifyStage(self.build).inputs(),
+            "source": self.build.checkpoint.source.uri,
+            "how": self.how(),
+        }
+
+
+class AssessDivergenceStage(DivergenceStage):
+    """Divergence of a build that the manifest, not a plan, identifies."""
 
     def inputs(self) -> Canonical:
         """Return the build's manifest, its source, and how they are compared."""

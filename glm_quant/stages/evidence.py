@@ -8,11 +8,12 @@ import re
 from pathlib import Path
 
 from glm_quant.build import Build
+from glm_quant.evaluation.divergence_record import DivergenceRecord
 from glm_quant.evaluation.records import EvaluationRecord
 from glm_quant.parity import ParityRecord
 from glm_quant.report import format as say
 from glm_quant.report.correctness import parity_rows, parity_value
-from glm_quant.report.summary import measured_rows
+from glm_quant.report.summary import divergence_rows, measured_rows
 from glm_quant.stages.making import PlanFigures
 
 Rows = list[dict[str, str]]
@@ -72,6 +73,11 @@ def comparison_rows(record: ParityRecord) -> Rows:
         }
         for row in parity_rows(record)
     ]
+
+
+def divergence_table(record: DivergenceRecord) -> Rows:
+    """Return a row for each figure of the comparison with the source."""
+    return [{"measure": name, "value": value} for name, value in divergence_rows(record)]
 
 
 def evaluation_rows(record: EvaluationRecord) -> Rows:

@@ -81,10 +81,13 @@ class DivergenceStage(Stage[DivergenceRecord]):
 
     def inputs(self) -> Canonical:
         """Return the build, the settings, the baselines, and the source by way of the build."""
+        return {"build": AssembleStage(self.build).fingerprint(), **self.how()}
+
+    def how(self) -> dict[str, Canonical]:
+        """Return how they are compared, whatever is compared."""
         settings = self.build.recipe.divergence
         return {
             "version": VERSION,
-            "build": AssembleStage(self.build).fingerprint(),
             "settings": settings.model_dump_json(exclude={"memory_gb", "references"}),
             "texts": {name: digest_text(text) for name, text in read_texts(settings).items()},
             "versions": [version(name) for name in ("mlx", "mlx-lm")],

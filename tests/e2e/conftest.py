@@ -9,10 +9,12 @@ from glm_quant.testbed import tiny_glm_path
 from tests.e2e.command_line import CommandLine
 from tests.e2e.service import Server, Service
 from tests.hub_server import HubServer
+from tests.s3_server import KEYS, connect, seaweed
 
 UPSTREAM = "upstream/tiny"
 HUB_TOKEN = "hf_" + "PlantedInASecretBlock"
-AWS_SECRET = "PlantedInTheEnvironmentOfTheWorker"
+AWS_SECRET = KEYS["AWS_SECRET_ACCESS_KEY"]
+BUCKET = "models"
 
 # The small checkpoint with as little parity and evaluation as the stages accept.
 QUICK = """\
@@ -72,8 +74,17 @@ def hub() -> Iterator[HubServer]:
 
 
 @pytest.fixture(scope="session")
+def s3_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The address of a SeaweedFS with an empty bucket."""
+    with seaweed(tmp_path_factory.mktemp("weed")) as (host, port):
+        url = f"http://{host}:{port}"
+        connect(url, seconds=20).create_bucket(Bucket=BUCKET)
+        yield url
+
+
+@pytest.fixture(scope="session")
 def service(
-    server: Server, hub: HubServer, tmp_path_factory: pytest.TempPathFactory
+    server: Server, hub: HubServer, s3_url: str, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Service]:
     """A worker at that server, with pool, deployments and automations, and what it needs to know.
 
@@ -86,8 +97,9 @@ def service(
         "GLM_QUANT_RESTART_SECONDS": "5",
         "HF_ENDPOINT": hub.url,
         "HF_HUB_DISABLE_XET": "1",
-        "AWS_ACCESS_KEY_ID": "tester",
-        "AWS_SECRET_ACCESS_KEY": AWS_SECRET,
+        "AWS_ENDPOINT_URL": s3_url,
+        "AWS_DEFAULT_REGION": "us-east-1",
+        **KEYS,
     }
     started = Service(server, command_line, tmp_path_factory.mktemp("service") / "home")
     started.start_worker()

@@ -1,6 +1,8 @@
 """A Prefect server and a worker as a user starts them, to be killed and started again."""
 
+import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -50,8 +52,12 @@ class Server:
         self.command_line = command_line
         self._process: subprocess.Popen[bytes] | None = None
 
-    def start(self) -> None:
+    def begin(self) -> None:
+        """Start it, and leave it to others to wait for it."""
         self._process = self.command_line.start("server", "--port", str(self.port))
+
+    def start(self) -> None:
+        self.begin()
         wait_for(self.answers, "the Prefect server did not start")
         self.command_line.environment["PREFECT_API_URL"] = self.api
 
@@ -88,14 +94,26 @@ class Service:
             lambda: self._has_started(begin), f"the worker did not start: {self.log.read_text()}"
         )
 
+    def stop_worker(self) -> None:
+        """Stop the worker as launchd and systemd do."""
+        assert self._worker is not None
+        self._worker.terminate()
+        self._worker.wait(SLOW_MACHINE_SECONDS)
+
     def kill_worker(self) -> None:
         """Kill the worker alone: its run is another process, in another group."""
         if self._worker:
             kill(self._worker)
 
     def ask(self, method: str, path: str, **json: Any) -> Any:
-        """Ask the API as the UI does."""
-        answer = httpx.request(method, f"{self.server.api}{path}", json=json or None, timeout=60)
+        """Ask the API as the UI does; a database that is busy is asked again, as by any client."""
+        url = f"{self.server.api}{path}"
+
+        def answered() -> httpx.Response | None:
+            answer = httpx.request(method, url, json=json or None, timeout=60)
+            return None if answer.status_code == 503 else answer
+
+        answer = wait_for(answered, f"{url} stays busy")
         answer.raise_for_status()
         return answer.json() if answer.content else None
 
@@ -105,6 +123,15 @@ class Service:
         path = f"/deployments/{found['id']}/create_flow_run"
         state = {"type": "SCHEDULED", "name": "Scheduled"}
         return self.ask("POST", path, parameters={"spec": spec}, state=state)["id"]
+
+    def run_by_command(self, deployment: str, **spec: Any) -> str:
+        """Ask for a run as a person does in a shell; returns the run's id."""
+        parameters = json.dumps({"spec": spec})
+        command = ("deployment", "run", deployment, "--params", parameters)
+        said = self.command_line.run(*command, program="prefect").stdout
+        found = re.search(r"UUID: ([0-9a-f-]{36})", said)
+        assert found, said
+        return found[1]
 
     def set_spec(self, deployment: str, spec: dict[str, Any]) -> None:
         """Change a deployment's parameters, as a person does in the UI."""
@@ -165,6 +192,14 @@ class Service:
         state = {"type": "SCHEDULED", "name": "AwaitingRetry", "message": "Retry from the UI"}
         self.ask("POST", f"/flow_runs/{run}/set_state", state=state, force=True)
 
+    def let_expire(self, run: str) -> None:
+        """Let the week pass in which somebody could have answered a run's question."""
+        state = self.get(run)["state"]
+        assert state["state_details"]["pause_timeout"]
+        state["state_details"]["pause_timeout"] = "2026-01-01T00:00:00Z"
+        kept = {key: state[key] for key in ("type", "name", "message", "state_details")}
+        self.ask("POST", f"/flow_runs/{run}/set_state", state=kept, force=True)
+
     def cancel(self, run: str) -> None:
         """Press Cancel, as the UI does it."""
         state = {"type": "CANCELLING", "name": "Cancelling"}
@@ -183,6 +218,13 @@ class Service:
             "POST", "/task_runs/filter", flow_runs=wanted, sort="EXPECTED_START_TIME_ASC"
         )
         return {one["name"]: one["state_name"] for one in found}
+
+    def dead_tasks(self, run: str) -> list[str]:
+        """Return the names of the tasks that a process of a run took with it."""
+        crashed = {"state": {"type": {"any_": ["CRASHED"]}}}
+        wanted = {"id": {"any_": [run]}}
+        found = self.ask("POST", "/task_runs/filter", flow_runs=wanted, task_runs=crashed)
+        return [one["name"] for one in found]
 
     def states(self, run: str) -> list[str]:
         """Return the names of all states that a run was in."""

@@ -11,7 +11,7 @@ from glm_quant.artifact import sha256_file
 from glm_quant.testbed import tiny_glm_path
 from tests.e2e.command_line import CommandLine
 from tests.hub_server import Fault, HubServer
-from tests.s3_server import KEYS, connect, seaweed
+from tests.s3_server import KEYS, connect
 
 TOKEN = "hf_PlantedTokenOfThePublishing"
 SECRET = KEYS["AWS_SECRET_ACCESS_KEY"]
@@ -21,14 +21,6 @@ SECRET = KEYS["AWS_SECRET_ACCESS_KEY"]
 def place() -> Iterator[HubServer]:
     with HubServer(token=TOKEN) as running:
         yield running
-
-
-@pytest.fixture
-def s3_url(tmp_path: Path) -> Iterator[str]:
-    (tmp_path / "weed").mkdir()
-    with seaweed(tmp_path / "weed") as (host, port):
-        connect(f"http://{host}:{port}", seconds=20).create_bucket(Bucket="models")
-        yield f"http://{host}:{port}"
 
 
 def contents(folder: Path) -> dict[str, str]:

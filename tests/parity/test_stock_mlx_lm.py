@@ -1,8 +1,8 @@
 """A build runs under stock mlx-lm from the package index, in an environment without this project.
 
-One environment is made for the session (about 200 MB, seconds with a warm cache). Besides the
-demo's build, a second checkpoint serves the tool test: its weights are drawn so that each token
-determines the next, hence the server must emit a given tool call.
+The environment is made once (about 200 MB, seconds with a warm cache). Besides the demo's build, a
+second checkpoint serves the tool test: its weights are drawn so that each token determines the
+next, hence the server must emit a given tool call.
 """
 
 import json
@@ -10,12 +10,10 @@ import os
 import shutil
 import socket
 import subprocess
-import sys
 import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
-from importlib.metadata import version
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -42,30 +40,6 @@ TOOL = {
         "parameters": {"type": "object", "properties": {"name": {"type": "string"}}},
     },
 }
-
-
-@pytest.fixture(scope="session")
-def stock(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folder of the programs in a fresh environment that holds mlx-lm and the OpenAI client."""
-    uv = shutil.which("uv")
-    if uv is None:
-        pytest.skip("uv is not installed")
-    folder = tmp_path_factory.mktemp("stock") / "venv"
-    backend = "mlx" if sys.platform == "darwin" else "mlx[cpu]"
-    wanted = [f"mlx-lm[evaluate]=={version('mlx-lm')}", f"{backend}=={version('mlx')}", "openai>=2"]
-    subprocess.run([uv, "venv", "-q", "--python", sys.executable, str(folder)], check=True)
-    python = folder / "bin" / "python"
-    done = subprocess.run(
-        [uv, "pip", "install", "-q", "--python", str(python), *wanted],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    if done.returncode:
-        if os.environ.get("CI"):
-            pytest.fail(done.stderr)
-        pytest.skip(f"the package index cannot be reached: {done.stderr[-300:]}")
-    return folder / "bin"
 
 
 @pytest.fixture(scope="session")

@@ -2,10 +2,15 @@
 
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
+
+import numpy as np
 
 from glm_quant.compiled import compiled
 from glm_quant.compiling import KeyedCacheFile
+from glm_quant.quantize.search import quantize_search
 
 
 def test_variants_saved_at_the_same_time(tmp_path: Path) -> None:
@@ -57,3 +62,25 @@ def test_commands_that_compute_nothing_do_without_numba() -> None:
     """Numba's import takes longer than many a command."""
     code = "import sys, flows.cli, glm_quant.quantize.command; sys.exit('numba' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_other_threads_go_on_while_a_loop_runs() -> None:
+    """Heartbeats, logs and progress of a run come from threads beside the loops."""
+    weights = np.random.default_rng(0).integers(0, 1 << 14, (1024, 2048)).astype(np.uint16)
+    quantize_search(weights[:8], "BF16", 2, 64)  # compiled by now
+    ticks: list[float] = []
+    stop = threading.Event()
+
+    def tick() -> None:
+        while not stop.wait(0.01):
+            ticks.append(time.monotonic())
+
+    ticker = threading.Thread(target=tick)
+    ticker.start()
+    begin = time.monotonic()
+    quantize_search(weights, "BF16", 2, 64)
+    end = time.monotonic()
+    stop.set()
+    ticker.join()
+    # Were the lock held, there would be a tick between two loops at most, and there are five.
+    assert sum(begin < moment < end for moment in ticks) > 10

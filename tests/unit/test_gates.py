@@ -22,6 +22,7 @@ from glm_quant.evaluation.records import (
 )
 from glm_quant.parity import ParityRecord
 from glm_quant.recipe import ParitySettings
+from glm_quant.stages.approving import give_word, identity, last_word
 from glm_quant.stages.gates import check_targets, publishable_files
 from glm_quant.stages.making import AssembleStage, DownloadStage, PlanStage, QuantizeStage
 from glm_quant.stages.proving import (
@@ -262,6 +263,20 @@ def test_a_broken_bound_is_refused_though_the_record_is_there(
         record(stage(build), measurements=evaluation(99.0).measurements)
     with pytest.raises(PublishError, match=r"a bound of the recipe is broken: .*(KL|perplexity)"):
         publishable_files(build)
+
+
+def test_a_word_is_about_the_bytes_that_were_asked_about(proved: Path, tmp_path: Path) -> None:
+    """Other bytes are another question, whatever was said before; questions are counted."""
+    workspace = copy_of(proved, tmp_path).workspace
+    give_word(workspace, approved=False, note="", asked=2)
+    give_word(workspace, approved=True, note="")
+    said = last_word(workspace)
+    assert said is not None
+    assert (said.approved, said.asked) == (True, 3)
+    before, manifest = identity(workspace), workspace.checkpoint / "manifest.json"
+    manifest.write_bytes(manifest.read_bytes() + b"\n")
+    assert last_word(workspace) is None
+    assert identity(workspace) != before
 
 
 def test_shards_go_early_where_that_pays(tmp_path: Path) -> None:

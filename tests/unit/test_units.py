@@ -1,6 +1,7 @@
 """The services of the system: what is written is what launchd and systemd read."""
 
 import configparser
+import os
 import plistlib
 import re
 import shlex
@@ -12,6 +13,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from flows.service import server
 from flows.units import Place, launch_agents, rotate_log, systemd_units
 from flows.watch import watch
 from glm_quant.build import BuildSpec
@@ -47,6 +49,18 @@ def test_systemd_units_say_the_same() -> None:
         assert words[:4] == [str(PLACE.python), "-P", "-m", "flows.cli"]
         assert words[4] == re.sub(r"glm-quant-(\w+)\.service", r"\1", name)
         assert unit["Service"]["Restart"] == "always"
+
+
+def test_the_ui_asks_the_server_that_it_came_from(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also on another port than Prefect's own, where the page would say that it cannot connect."""
+    started: list[list[str]] = []
+    monkeypatch.setenv("PREFECT_UI_API_URL", "")
+    monkeypatch.delenv("PREFECT_UI_API_URL")
+    monkeypatch.setattr("flows.service.prepare_service", lambda: None)
+    monkeypatch.setattr("flows.service._become", started.append)
+    server(port=4321)
+    assert os.environ["PREFECT_UI_API_URL"] == "http://127.0.0.1:4321/api"
+    assert started[0][-2:] == ["--port", "4321"]
 
 
 def test_systemd_accepts_its_units(tmp_path: Path) -> None:
