@@ -18,7 +18,6 @@ from shutil import which
 from typing import Annotated
 from urllib.parse import urlsplit
 
-import httpx
 import typer
 
 from flows.environment import HOME_VARIABLE, prepare_service
@@ -110,6 +109,8 @@ def wait_for_server(api: str, seconds: float = _SERVER_SECONDS) -> None:
     Raises:
         ServiceError: it does not.
     """
+    import httpx
+
     deadline = time.monotonic() + seconds
     while True:
         try:
