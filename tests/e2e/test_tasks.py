@@ -4,6 +4,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
+from contextvars import copy_context
 from pathlib import Path
 from uuid import uuid4
 
@@ -13,7 +14,11 @@ from prefect import flow
 from prefect.artifacts import Artifact
 from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.client.schemas.actions import WorkPoolCreate
-from prefect.settings import PREFECT_API_URL, temporary_settings
+from prefect.settings import (
+    PREFECT_API_URL,
+    PREFECT_LOGGING_TO_API_ENABLED,
+    temporary_settings,
+)
 from prefect.states import AwaitingRetry, Crashed
 from prefect.variables import Variable
 
@@ -48,7 +53,9 @@ publish:
 
 @pytest.fixture(autouse=True)
 def at_server(server: Server) -> Iterator[None]:
-    with temporary_settings({PREFECT_API_URL: server.api}):
+    # Log lines that are still to be sent would look for the server after its end, for a minute.
+    settings = {PREFECT_API_URL: server.api, PREFECT_LOGGING_TO_API_ENABLED: False}
+    with temporary_settings(settings):
         yield
 
 
@@ -99,7 +106,8 @@ def test_a_target_that_is_away_holds_up_nothing(
     """All shards are made and sent elsewhere meanwhile; once it is back it gets them all."""
     give_up_after(monkeypatch, 100_000)
     place.fault(Fault("status", "org/away", times=1_000_000))
-    run = threading.Thread(target=send, args=(spec,), daemon=True)
+    # With this test's settings: by itself a thread would start a server of its own.
+    run = threading.Thread(target=copy_context().run, args=(send, spec), daemon=True)
     run.start()
     shards = list(range(len(open_build(spec).plan.shards)))
     assert len(shards) > 2
