@@ -49,7 +49,8 @@ def seaweed(folder: Path) -> Generator[tuple[str, int]]:
     ports = dict(zip(names, free_ports(len(names)), strict=True))
     command = [program, "mini", f"-dir={folder}", "-ip=127.0.0.1", "-ip.bind=127.0.0.1"]
     command += [f"-{name}.port={port}" for name, port in ports.items()]
-    command += ["-webdav=false", "-admin.ui=false"]
+    # What else it would serve has ports of its own, which the server of another test may hold.
+    command += ["-webdav=false", "-admin.ui=false", "-s3.port.iceberg=0", "-s3.port.lance=0"]
     with (folder / "log").open("wb") as log:
         env = {**os.environ, **KEYS, "GOMEMLIMIT": "200MiB"}
         process = subprocess.Popen(command, env=env, stdout=log, stderr=log, cwd=folder)
