@@ -9,7 +9,6 @@ from glm_quant.evaluation.evaluate import check_bounds
 from glm_quant.evaluation.records import (
     EvaluationRecord,
     Load,
-    Machine,
     Measurements,
     Needle,
     NeedleTrial,
@@ -17,6 +16,7 @@ from glm_quant.evaluation.records import (
     Speed,
 )
 from glm_quant.recipe import EvaluationSettings
+from tests.card_records import EPYC
 
 
 def trial(length: int, depth: float, retrieved: bool) -> NeedleTrial:
@@ -45,18 +45,10 @@ def a_record(perplexity: float = 4.0, needle: Needle | None = None) -> Evaluatio
         standard_error=0.1,
         method="strided",
     )
-    machine = Machine(
-        system="Linux x86_64",
-        processor="a chip",
-        cores=2,
-        memory_bytes=8 << 30,
-        device="cpu",
-        is_apple_silicon=False,
-    )
     return EvaluationRecord(
         fingerprint="f",
         measurements=Measurements(
-            machine=machine,
+            machine=EPYC,
             arithmetic="float32",
             versions={"mlx": "1"},
             load=Load(seconds=1.0, mlx_bytes=1),

@@ -13,7 +13,6 @@ from glm_quant.evaluation.records import (
     Coherence,
     Load,
     LongOutput,
-    Machine,
     Measurements,
     Needle,
     NeedleTrial,
@@ -22,15 +21,7 @@ from glm_quant.evaluation.records import (
 )
 from glm_quant.recipe import parse_recipe
 from glm_quant.settings import Bound
-
-MACHINE = Machine(
-    system="Linux x86_64",
-    processor="a chip",
-    cores=2,
-    memory_bytes=8 << 30,
-    device="cpu",
-    is_apple_silicon=False,
-)
+from tests.card_records import EPYC
 
 
 def perplexity(losses: list[float], text: str = "t", **changed: Any) -> Perplexity:
@@ -93,7 +84,7 @@ def harness(items: list[float], **changed: Any) -> Harness:
 
 def measured(losses: list[float], **changed: Any) -> Measurements:
     given: dict[str, Any] = {
-        "machine": MACHINE,
+        "machine": EPYC,
         "arithmetic": "float32",
         "versions": {},
         "load": Load(seconds=2.0, mlx_bytes=1),
@@ -211,7 +202,7 @@ def test_items_and_prompts_are_paired() -> None:
         ({"perplexity": [perplexity(OTHER, context=32)]}, "perplexity"),
         ({"needle": needle([True, False, True])}, "needle"),
         ({"harness": harness([1.0], limit=1)}, "harness/piqa"),
-        ({"machine": MACHINE.model_copy(update={"cores": 4})}, "load_seconds"),
+        ({"machine": EPYC.model_copy(update={"cores": 4})}, "load_seconds"),
     ],
 )
 def test_unlike_measurements_are_not_compared(changed: dict[str, Any], gone: str) -> None:

@@ -16,7 +16,6 @@ from glm_quant.evaluation.divergence_record import DivergenceRecord, PassFacts, 
 from glm_quant.evaluation.records import (
     EvaluationRecord,
     Load,
-    Machine,
     Measurements,
     Perplexity,
 )
@@ -34,6 +33,7 @@ from glm_quant.stages.proving import (
 from glm_quant.stages.publishing import PublishStage, early_targets
 from glm_quant.stages.releasing import CardRecord, CardStage
 from glm_quant.testbed import tiny_glm_path
+from tests.card_records import EPYC
 
 RECIPE = """\
 name: gates
@@ -158,11 +158,8 @@ def evaluation(perplexity: float = 20.1) -> EvaluationRecord:
         standard_error=None,
         method="strided",
     )
-    machine = Machine(
-        system="Linux", processor="", cores=2, memory_bytes=1, device="cpu", is_apple_silicon=False
-    )
     measured = Measurements(
-        machine=machine,
+        machine=EPYC,
         arithmetic="float32",
         versions={},
         load=Load(seconds=1.0, mlx_bytes=1),
