@@ -24,6 +24,7 @@ from glm_quant.checkpoint.reader import Checkpoint
 from glm_quant.checkpoint.source import SourceFile
 from glm_quant.errors import SourceError
 from glm_quant.model.geometry import Geometry
+from glm_quant.model.precision import require_float32
 from glm_quant.quantize.assemble import assemble
 from glm_quant.quantize.convert import Conversion
 from glm_quant.quantize.plan import Plan, make_plan
@@ -31,6 +32,8 @@ from glm_quant.recipe import Recipe, load_recipe
 from glm_quant.testbed.synthetic import small_config, write_checkpoint
 from glm_quant.workspace import Workspace
 
+# Tests hold float32 results against float32 references.
+require_float32()
 settings.register_profile("quick", max_examples=60, deadline=None)
 settings.load_profile("quick")
 

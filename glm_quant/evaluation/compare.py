@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from glm_quant.evaluation.memory_plan import LOGIT_COLUMNS, LOGIT_ROWS
 from glm_quant.evaluation.products import product
 from glm_quant.evaluation.weights import Floats, Weights
+from glm_quant.model.precision import require_float32
 
 Doubles = NDArray[np.float64]
 
@@ -96,6 +97,7 @@ def compare_states(
         build: likewise.
         targets: the tokens that follow, [positions]; -1 where none does.
     """
+    require_float32()
     (p_weights, p_states), (q_weights, q_states) = reference, build
     size, vocabulary = len(targets), int(p_weights.args.vocab_size)
     p, q = _Side(size), _Side(size)

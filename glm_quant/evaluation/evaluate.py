@@ -19,6 +19,7 @@ from glm_quant.evaluation.perplexity import digest_text
 from glm_quant.evaluation.records import BaselineMeasurements, EvaluationRecord, Measurements
 from glm_quant.evaluation.request import Request
 from glm_quant.fingerprint import Canonical, fingerprint
+from glm_quant.model.precision import users_environment
 from glm_quant.settings import EvaluationSettings
 from glm_quant.testbed import held_out_text
 
@@ -243,7 +244,12 @@ def _run_worker(request: Request, progress: Progress | None) -> Measurements:
         with errors.open("wb") as stderr:
             # stdin stays open as long as this process lives: the worker ends when it closes.
             worker = subprocess.Popen(
-                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=stderr, text=True
+                command,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=stderr,
+                text=True,
+                env=users_environment(),
             )
             try:
                 _follow(worker, progress)

@@ -25,6 +25,7 @@ from glm_quant.evaluation.memory_plan import MLP_ROWS, MemoryPlan
 from glm_quant.evaluation.products import product
 from glm_quant.evaluation.weights import Floats, Weights
 from glm_quant.fingerprint import fingerprint
+from glm_quant.model.precision import require_float32
 
 log = logging.getLogger(__name__)
 
@@ -100,6 +101,7 @@ class _Pass:
         folder: Path,
         watching: Watching | None,
     ) -> None:
+        require_float32()
         self._watching = watching
         self._weights = weights
         self._sequences = sequences

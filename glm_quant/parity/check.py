@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict
 from glm_quant.checkpoint.reader import Checkpoint
 from glm_quant.checkpoint.spool import local_folder, spooled
 from glm_quant.errors import ParityError
+from glm_quant.model.precision import require_float32
 from glm_quant.parity.measures import Array, kl_divergence, top1_agreement
 from glm_quant.parity.reference import require_reference
 from glm_quant.parity.stream import LayerParity, stream
@@ -74,6 +75,7 @@ def check_parity(
         ParityError: A bound is broken, the reference is absent or wrong, or the prompt is too
             short to exercise the selection.
     """
+    require_float32()
     versions = require_reference() | {name: version(name) for name in ("mlx", "mlx-lm")}
     topk = int(checkpoint.config["index_topk"])
     tokens = prompt_tokens(checkpoint, output, settings)
