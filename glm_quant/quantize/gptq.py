@@ -23,8 +23,10 @@ from glm_quant.compiled import compiled
 from glm_quant.quantize.affine import Bits, from_float32, recoder, to_float32
 from glm_quant.quantize.search import quantize_search
 
-# Rows that go through all columns together: their float32 weights stay in a core's cache.
-_ROWS = 64
+# Rows that go through all columns together: each tile of U is fetched once for all of them.
+_ROWS = 128
+# Columns of a tile: with a group's rows of U, 32 KB.
+_TILE = 128
 
 
 def quantize_gptq(
@@ -52,6 +54,7 @@ def quantize_gptq(
     codes = np.empty((rows, width), np.float32)
     scales = np.empty((rows, width // group_size), weights.dtype)
     biases = np.empty_like(scales)
+    n = np.float32((1 << bits) - 1)
     per_unit = rows if energy is None else rows // len(energy)
     blocks = [
         (unit, slice(first, min(first + _ROWS, (unit + 1) * per_unit)))
@@ -67,15 +70,12 @@ def quantize_gptq(
             loud = None if own is None else np.ascontiguousarray(own[:, columns])
             _, s, b = quantize_search(now, dtype, bits, group_size, loud)
             scales[part, group], biases[part, group] = s[:, 0], b[:, 0]
-            _spread(
-                left,
-                columns.start,
-                (to_float32(s[:, 0], dtype), to_float32(b[:, 0], dtype)),
-                np.float32((1 << bits) - 1),
-                factor,
-                codes[part],
-                np.empty(group_size, np.float32),
-            )
+            grid = to_float32(s[:, 0], dtype), to_float32(b[:, 0], dtype)
+            turned = np.ascontiguousarray(left[:, columns].T)
+            chosen, errors = np.empty_like(turned), np.empty_like(turned)
+            _choose(turned, grid, n, factor[columns, columns], chosen, errors)
+            codes[part, columns] = chosen.T
+            _spread(left, columns.stop, errors, factor[columns])
     return _packed(codes, bits, group_size), scales, biases
 
 
@@ -91,28 +91,53 @@ def _packed(codes: NDArray[np.float32], bits: int, group_size: int) -> NDArray[n
 
 
 @compiled
-def _spread(
-    left: Any, first: Any, grid: Any, n: Any, factor: Any, codes: Any, errors: Any
+def _choose(
+    left: Any, grid: Any, n: Any, factor: Any, codes: Any, errors: Any
 ) -> None:  # pragma: no cover - compiled
-    """Choose a group's codes in every row, and spread their errors over what is left of the row."""
+    """Choose the codes of a group, [columns, rows]: rows lie side by side, one a lane.
+
+    Args:
+        left: what is left of the weights; used up.
+        grid: scale and bias of each row.
+        n: the largest code.
+        factor: U among the group's columns.
+        codes: to fill.
+        errors: to fill with what `_spread` spreads.
+    """
     scales, biases = grid
     zero = np.float32(0)
-    size, width = errors.size, left.shape[1]
-    for row in range(left.shape[0]):
-        s, b = scales[row], biases[row]
-        w = left[row]
+    for j in range(left.shape[0]):
+        w, q, e, u = left[j], codes[j], errors[j], factor[j]
+        for row in range(w.size):
+            s, b = scales[row], biases[row]
+            code = min(max(np.rint((w[row] - b) / s), zero), n) if s != zero else zero
+            q[row] = code
+            e[row] = (w[row] - (code * s + b)) / u[j]
+        for k in range(j + 1, left.shape[0]):
+            later, share = left[k], u[k]
+            for row in range(later.size):
+                later[row] -= e[row] * share
+
+
+@compiled
+def _spread(left: Any, first: Any, errors: Any, factor: Any) -> None:  # pragma: no cover - compiled
+    """Spread a group's errors, [columns, rows], over `left` [rows, width] from column `first` on.
+
+    A tile of U stays in the nearest cache for all rows, and a weight in a register for four errors:
+    what a weight loses, and in which order, is as if they were taken one by one.
+    """
+    size, width = factor.shape
+    tile = np.empty((size, _TILE), np.float32)
+    for begin in range(first, width, _TILE):
+        end = min(begin + _TILE, width)
         for j in range(size):
-            column = first + j
-            code = zero
-            if s != zero:
-                code = min(max(np.rint((w[column] - b) / s), zero), n)
-            codes[row, column] = code
-            error = (w[column] - (code * s + b)) / factor[column, column]
-            errors[j] = error
-            for k in range(column + 1, first + size):
-                w[k] -= error * factor[column, k]
-        for j in range(size):
-            error = errors[j]
-            line = factor[first + j]
-            for k in range(first + size, width):
-                w[k] -= error * line[k]
+            for k in range(end - begin):
+                tile[j, k] = factor[j, begin + k]
+        for row in range(left.shape[0]):
+            w = left[row, begin:end]
+            for j in range(0, size, 4):
+                e0, e1 = errors[j, row], errors[j + 1, row]
+                e2, e3 = errors[j + 2, row], errors[j + 3, row]
+                u0, u1, u2, u3 = tile[j], tile[j + 1], tile[j + 2], tile[j + 3]
+                for k in range(end - begin):
+                    w[k] = (((w[k] - e0 * u0[k]) - e1 * u1[k]) - e2 * u2[k]) - e3 * u3[k]

@@ -1,5 +1,6 @@
 """`gptq`: less output error than `search` in the same bytes, and the same bytes every time."""
 
+import hashlib
 import json
 
 import mlx.core as mx
@@ -108,6 +109,34 @@ def test_rows_do_not_depend_on_their_neighbours(
             whole, quantize_gptq(stored[part], "BF16", bits, 32, factor, own), strict=True
         ):
             np.testing.assert_array_equal(a[part], b)
+
+
+def pinned_digest(bits: int, size: int) -> str:
+    """The digest of codes of weights and factor that come from a hash, with whole powers of 2."""
+    raw = np.frombuffer(hashlib.shake_128(b"gptq").digest(4 * 150 * 384), "<u4").reshape(150, 384)
+    weights = (((raw >> 16) & 0x8000) | (raw % 0x200 + 0x3C80)).astype(np.uint16)
+    raw = np.frombuffer(hashlib.shake_128(b"factor").digest(4 * 384 * 384), "<i4")
+    factor = np.triu(raw.reshape(384, 384).astype(np.float32) / np.float32(2**34), 1)
+    factor += np.diag(np.arange(384, dtype=np.float32) % 3 / 4 + 1)
+    energy = (raw[: 3 * 384].astype(np.float32) / np.float32(2**33) + 1).reshape(3, 384)
+    digest = hashlib.sha256()
+    for loud in (None, energy):
+        for array in quantize_gptq(weights, "BF16", bits, size, factor, loud):
+            digest.update(array.tobytes())
+    return digest.hexdigest()
+
+
+@pytest.mark.parametrize(
+    ("bits", "size", "digest"),
+    [
+        (2, 64, "56b921d74bc7ee694d697fcdf61fed1e622cdaf5b625f103bccd17a3f7663830"),
+        (3, 128, "dc319e007f49ef9e34abdfc9ddc0b913ad8166650d6e37e501e916bd2edc5493"),
+        (4, 32, "6d950e68f8406577fbaf61d87a13e901cc4cf3b8a7c1130b4d5fa71f3e298d5d"),
+    ],
+)
+def test_pinned_bytes(bits: int, size: int, digest: str) -> None:
+    """The bytes are pinned to encode.VERSION; widths and rows here fill no tile and no block."""
+    assert pinned_digest(bits, size) == digest
 
 
 def test_degenerate_groups(layer: tuple[np.ndarray, np.ndarray]) -> None:
