@@ -167,7 +167,8 @@ def our_moe(layer: Layer, dtype: mx.Dtype) -> Any:
     module = runtime.MoE(args)
     ours = {k: v for k, v in layer.weights.items() if not k.startswith("experts.")}
     gate_up = layer.weights["experts.gate_up_proj"]
-    gate, up = mx.split(gate_up, 2, axis=1)
+    # Apart, as a checkpoint has them: MLX 0.32's sorted gather_mm on CUDA misreads views.
+    gate, up = map(mx.contiguous, mx.split(gate_up, 2, axis=1))
     ours |= {"switch_mlp.gate_proj.weight": gate, "switch_mlp.up_proj.weight": up}
     ours["switch_mlp.down_proj.weight"] = layer.weights["experts.down_proj"]
     kept = {k: v if "e_score" in k else v.astype(dtype) for k, v in ours.items()}
