@@ -6,8 +6,9 @@ Exit codes: 0 done, 1 the run failed, 2 bad input. With `--json` standard output
 import json
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -19,8 +20,13 @@ from flows.stopping import stopping_in_order
 from flows.terminal import ERRORS, Terminal, errors_in_one_screen, fit_table, status_table
 from flows.units import service_app
 from glm_quant.build import Build, BuildSpec, open_build, require_free
+from glm_quant.evaluation.baselines import parse_baselines
 from glm_quant.hub import DEFAULT_WINDOW
 from glm_quant.status import read_status
+from glm_quant.workspace import Workspace
+
+if TYPE_CHECKING:
+    from glm_quant.quantize.command import ConvertSummary
 
 app = typer.Typer(
     add_completion=False,
@@ -54,12 +60,20 @@ def demo(
     """Take the small trained checkpoint that ships through every stage to a published build."""
     from glm_quant.testbed import tiny_glm_path
 
+    source, yardstick = str(tiny_glm_path()), "uniform-4bit"
+    baseline = Workspace(workspace).baselines / yardstick
     spec = BuildSpec(
         recipe="demo",
-        source=str(tiny_glm_path()),
+        source=source,
         workspace=str(workspace),
         targets=(str(workspace / "published" / "tiny-glm-mlx"),),
+        baselines={yardstick: str(baseline)},
     )
+    with errors_in_one_screen(verbose), stopping_in_order(ERRORS):
+        require_free(spec)
+        ERRORS.print(f"{yardstick}, to compare with:")
+        _convert(source, yardstick, baseline)
+        ERRORS.print("the build:")
     _release(spec, verbose, as_json)
 
 
@@ -73,10 +87,16 @@ def run(
     ] = None,
     window: Window = DEFAULT_WINDOW,
     reuse: Reuse = None,
+    baseline: Annotated[
+        list[str] | None,
+        typer.Option(help="NAME=PLACE of a build to compare with; may be given again."),
+    ] = None,
     verbose: Verbose = False,
     as_json: Json = False,
 ) -> None:
     """Run the whole flow in this process. The same command again resumes."""
+    with errors_in_one_screen(verbose):
+        baselines = parse_baselines(baseline or ())
     spec = BuildSpec(
         recipe=recipe,
         source=source,
@@ -84,6 +104,7 @@ def run(
         window=window,
         reuse=tuple(reuse or ()),
         targets=tuple(publish or ()),
+        baselines=baselines,
     )
     _release(spec, verbose, as_json)
 
@@ -136,17 +157,7 @@ def convert(
 ) -> None:
     """Plan, quantize, assemble, and no more: the drop-in for mlx_lm.convert."""
     with errors_in_one_screen(verbose), stopping_in_order(ERRORS):
-        from glm_quant.hub import open_source
-        from glm_quant.quantize.command import (
-            convert_to_folder,
-            open_conversion,
-            workspace_beside,
-        )
-
-        opened = open_source(source, workspace_beside(output), window)
-        conversion = open_conversion(opened, recipe, output, workers, reuse or ())
-        with Terminal(ERRORS, len(conversion.shards)) as terminal:
-            summary = convert_to_folder(conversion, terminal)
+        summary = _convert(source, recipe, output, workers, window, reuse or ())
         if as_json:
             _print_json(summary.model_dump())
         else:
@@ -341,6 +352,24 @@ app.add_typer(service_app, name="service")
 def main() -> None:
     """Run the command line."""
     app()
+
+
+def _convert(
+    source: str,
+    recipe: str,
+    output: Path,
+    workers: int | None = None,
+    window: int = DEFAULT_WINDOW,
+    reuse: Sequence[str] = (),
+) -> "ConvertSummary":
+    """Convert into a folder and show it."""
+    from glm_quant.hub import open_source
+    from glm_quant.quantize.command import convert_to_folder, open_conversion, workspace_beside
+
+    opened = open_source(source, workspace_beside(output), window)
+    conversion = open_conversion(opened, recipe, output, workers, reuse)
+    with Terminal(ERRORS, len(conversion.shards)) as terminal:
+        return convert_to_folder(conversion, terminal)
 
 
 def _release(spec: BuildSpec, verbose: bool, as_json: bool) -> None:

@@ -48,6 +48,11 @@ class BuildSpec(BaseModel):
     targets: tuple[str, ...] = Field(
         default=(), description="where to publish, besides the recipe's own targets"
     )
+    baselines: dict[str, str] = Field(
+        default={},
+        description="builds to compare with, by name, as the recipe's; places of this machine "
+        "belong here, since the recipe travels with the build",
+    )
     approval: bool = Field(
         default=False, description="ask for a person's word before anything is published"
     )
@@ -81,6 +86,7 @@ class Build:
         for warning in self.plan.warnings:
             _log.warning("%s", warning)
         self.targets = tuple(dict.fromkeys((*self.recipe.publish.targets, *spec.targets)))
+        self.baselines = {**self.recipe.baselines, **spec.baselines}
         self.conversion = Conversion(
             self.checkpoint,
             self.plan,

@@ -98,7 +98,9 @@ class PeerPerplexitySettings(Section):
 
     data_path: str = Field(default="allenai/tulu-3-sft-mixture", description="a dataset of the Hub")
     file: str | None = Field(
-        default=None, description="JSON lines in the dataset's schema, instead of the Hub's"
+        default=None,
+        description="JSON lines in the dataset's schema, instead of the Hub's; `shipped:NAME` is a "
+        "small file of this project's",
     )
     sequence_length: int = Field(default=2048, ge=2)
     num_samples: int = Field(default=50, ge=1)

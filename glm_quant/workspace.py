@@ -8,6 +8,7 @@ WORKSPACE/
 ├── previous/     finished shards of an earlier plan, while tensors are copied from them
 ├── records/      what each stage saw, made and measured
 ├── divergence/   final hidden states of the source, and each position's numbers
+├── baselines/    the build that `demo` compares with
 ├── results/      Prefect's cached task results
 ├── published/    where `demo` publishes to
 └── .lock         held (flock) by the run that is working here
@@ -30,6 +31,7 @@ _OURS = {
     "previous",
     "records",
     "divergence",
+    "baselines",
     "results",
     "published",
     ".lock",
@@ -94,6 +96,11 @@ class Workspace:
     def divergence(self) -> Path:
         """The source's final hidden states and what builds were found to be beside it."""
         return self.root / "divergence"
+
+    @property
+    def baselines(self) -> Path:
+        """Builds to compare with that were made for it."""
+        return self.root / "baselines"
 
     @property
     def previous(self) -> Path:

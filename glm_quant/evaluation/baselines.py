@@ -5,13 +5,17 @@ measured as the build itself is. What a reader would get wrong: a workspace's fi
 by its own recipe's settings, and only those of the same texts and lengths are compared.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
+
+from pydantic import JsonValue
 
 from glm_quant.artifact import sha256_file
-from glm_quant.checkpoint.manifest import MANIFEST_NAME
+from glm_quant.checkpoint.manifest import MANIFEST_NAME, load_manifest
 from glm_quant.checkpoint.reader import Checkpoint
-from glm_quant.errors import RecipeError
+from glm_quant.errors import InputError, RecipeError
 from glm_quant.evaluation.divergence_record import DivergenceRecord
 from glm_quant.evaluation.records import EvaluationRecord
 from glm_quant.fingerprint import fingerprint
@@ -33,12 +37,40 @@ class Baseline:
     place: Path
     evaluation: EvaluationRecord | None = None
 
+    def is_of(self, source: Checkpoint) -> bool:
+        """Whether it is a build whose manifest names this source's shards, by size and sha256."""
+        if not (self.place / MANIFEST_NAME).is_file():
+            return False
+        for name, value in load_manifest(self.place).source_files.items():
+            shard, told = source.files.get(name), cast("dict[str, JsonValue]", value)
+            if shard is None or shard.size_bytes != told["size_bytes"]:
+                return False
+            # A folder promises no digest.
+            if None not in (shard.sha256, told["sha256"]) and shard.sha256 != told["sha256"]:
+                return False
+        return True
+
     def divergence(self) -> tuple[DivergenceRecord, Path] | None:
         """Return the workspace's divergence record and what its outputs are relative to."""
         if self.evaluation is None:
             return None
         record = DivergenceRecord.load(self.place / "records" / "divergence.json")
         return None if record is None else (record, self.place)
+
+
+def parse_baselines(given: Sequence[str]) -> dict[str, str]:
+    """Return places by name from the command line's NAME=PLACE.
+
+    Raises:
+        InputError: one has no name or no place.
+    """
+    found: dict[str, str] = {}
+    for each in given:
+        name, _, place = each.partition("=")
+        if not (name and place):
+            raise InputError(f"--baseline {each}: give NAME=PLACE, such as golden=PATH/work.")
+        found[name] = place
+    return found
 
 
 def open_baseline(name: str, place: str) -> Baseline:

@@ -13,6 +13,7 @@ from glm_quant import __version__
 from glm_quant.artifact import Record, sha256_file
 from glm_quant.errors import EvaluationError, RecipeError
 from glm_quant.evaluation.baselines import Baseline, build_identity, open_baseline
+from glm_quant.evaluation.data_files import data_file
 from glm_quant.evaluation.figures import compare, figures, hold
 from glm_quant.evaluation.harness import require_package
 from glm_quant.evaluation.perplexity import digest_text
@@ -228,7 +229,7 @@ def _file_digests(settings: EvaluationSettings) -> dict[str, Canonical]:
         named["peer_perplexity"] = settings.peer_perplexity.file
     digests: dict[str, Canonical] = {}
     for name, file in named.items():
-        path = Path(file).expanduser()
+        path = data_file(file)
         if not path.is_file():
             raise RecipeError(f"{path}: the recipe's data file for {name} is not there.")
         digests[name] = sha256_file(path)

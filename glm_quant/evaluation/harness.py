@@ -5,7 +5,7 @@ So the scores are those of the command. lm-evaluation-harness is an optional dep
 sends questions through the chat template wherever the build has one.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -17,6 +17,7 @@ import yaml
 
 from glm_quant.artifact import sha256_file
 from glm_quant.errors import EvaluationError
+from glm_quant.evaluation.data_files import data_file
 from glm_quant.evaluation.peer_records import Harness, HarnessScore, HarnessTask
 from glm_quant.settings import HarnessSettings
 
@@ -53,9 +54,8 @@ def measure_harness(model: Any, tokenizer: Any, settings: HarnessSettings) -> Ha
         EvaluationError: a task or its data cannot be had.
     """
     from lm_eval import simple_evaluate
-    from lm_eval.tasks import TaskManager
 
-    manager = TaskManager()
+    manager = _task_manager(settings.tasks)
     mx.random.seed(settings.seed)
     lm = _language_model(model, tokenizer, settings)
     with TemporaryDirectory(prefix="glm-quant-harness-") as cache:
@@ -63,7 +63,7 @@ def measure_harness(model: Any, tokenizer: Any, settings: HarnessSettings) -> Ha
             found: Any = cast("Any", simple_evaluate)(
                 model=lm,
                 tasks=[
-                    str(write_task(name, Path(settings.files[name]), Path(cache), manager))
+                    str(write_task(name, data_file(settings.files[name]), Path(cache), manager))
                     if name in settings.files
                     else name
                     for name in settings.tasks
@@ -96,6 +96,17 @@ def measure_harness(model: Any, tokenizer: Any, settings: HarnessSettings) -> Ha
         ),
         tasks=[_found(name, found, settings) for name in found["samples"]],
     )
+
+
+def _task_manager(tasks: Sequence[str]) -> Any:
+    """Return the harness's list of tasks; only of these, since reading all takes long."""
+    from lm_eval import tasks as shipped
+
+    folders: list[str | Path] = [
+        folder for name in tasks if (folder := Path(shipped.__path__[0]) / name).is_dir()
+    ]
+    few = shipped.TaskManager(include_path=folders, include_defaults=False)
+    return few if all(name in few.task_index for name in tasks) else shipped.TaskManager()
 
 
 def _language_model(model: Any, tokenizer: Any, settings: HarnessSettings) -> Any:
@@ -133,7 +144,7 @@ def write_task(name: str, file: Path, folder: Path, manager: Any) -> Path:
         "dataset_path": "json",
         "dataset_name": None,
         "dataset_kwargs": {
-            "data_files": {"validation": str(file.expanduser().absolute())},
+            "data_files": {"validation": str(file.absolute())},
             "cache_dir": str(folder),
         },
         "training_split": None,
@@ -166,13 +177,13 @@ def _found(name: str, found: Mapping[str, Any], settings: HarnessSettings) -> Ha
             f"evaluation.harness: {name} has no metric {wanted!r} but {', '.join(names)}. Name one "
             "of them in harness.metrics."
         )
-    file = settings.files.get(name)
+    file = data_file(settings.files[name]) if name in settings.files else None
     config: Mapping[str, Any] = found["configs"][name]
     return HarnessTask(
         task=name,
         version=str(found["versions"][name]),
-        dataset=str(config.get("dataset_path")) if file is None else Path(file).name,
-        dataset_sha256=None if file is None else sha256_file(Path(file).expanduser()),
+        dataset=str(config.get("dataset_path")) if file is None else file.name,
+        dataset_sha256=None if file is None else sha256_file(file),
         metric=wanted,
         scores=scores,
         items=[

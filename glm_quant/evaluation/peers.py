@@ -7,7 +7,6 @@ takes neighbouring tokens for independent; for a comparison use the sequences' o
 import json
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
-from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any, cast
 
@@ -19,6 +18,7 @@ from mlx_lm.tuner.datasets import create_dataset
 
 from glm_quant.artifact import sha256_file
 from glm_quant.errors import EvaluationError
+from glm_quant.evaluation.data_files import data_file
 from glm_quant.evaluation.peer_records import PeerPerplexity
 from glm_quant.settings import PeerPerplexitySettings
 
@@ -45,7 +45,7 @@ def measure_peer_perplexity(
     data = load_sequences(tokenizer, settings)
     noted = _Noting(model, data, progress)
     value, error = peer.eval_ppl(noted, data, batch_size=settings.batch_size)
-    file = None if settings.file is None else Path(settings.file).expanduser()
+    file = None if settings.file is None else data_file(settings.file)
     return PeerPerplexity(
         dataset=settings.data_path if file is None else file.name,
         dataset_sha256=None if file is None else sha256_file(file),
@@ -106,7 +106,7 @@ def _local_rows(tokenizer: Any, file: str | None) -> Generator[None]:
     if file is None:
         yield
         return
-    lines = Path(file).expanduser().read_text(encoding="utf-8").splitlines()
+    lines = data_file(file).read_text(encoding="utf-8").splitlines()
     rows = [json.loads(line) for line in lines if line.strip()]
     if not rows:
         raise ValueError("it is empty")

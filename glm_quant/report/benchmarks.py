@@ -7,6 +7,7 @@ baseline that was measured otherwise has no cell in that row.
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from glm_quant.evaluation.peer_records import HarnessTask
 from glm_quant.evaluation.records import Comparison, EvaluationRecord, Measurements
 from glm_quant.report import format as say
 from glm_quant.report.published import PublicBuild, builds_of, comparable
@@ -114,7 +115,7 @@ def _tasks(measured: Measurements) -> dict[str, Figure]:
             f"lm-evaluation-harness {harness.version}, task version {task.version}, {shots} shots, "
             f"{len(task.items):,} items of {task.dataset}, seed {harness.seed}"
         )
-        name = f"{_TASKS.get(task.task, task.task)} ({task.score.metric})"
+        name = f"{_task_name(task)} ({task.score.metric})"
         text = _with_error(task.score.value, task.score.standard_error)
         found[name] = Figure(text, how, published_as=task.task)
     return found
@@ -152,11 +153,22 @@ def _with_error(value: float, error: float | None) -> str:
     return f"{value:.3f}" + ("" if error is None else f" ± {error:.3f}")
 
 
-def measure_name(comparison: Comparison) -> str:
-    """Return a comparison's measure as a reader knows it."""
+def _task_name(task: HarnessTask) -> str:
+    """Return a task's name; with other items than its own it is but the task's protocol."""
+    name = _TASKS.get(task.task, task.task)
+    return name if task.dataset_sha256 is None else f"{task.dataset}, asked as {name}"
+
+
+def measure_name(comparison: Comparison, measured: Measurements) -> str:
+    """Return a comparison's measure as a reader knows it.
+
+    Args:
+        comparison: of this build with another.
+        measured: what was measured of this build.
+    """
     kind, _, which = comparison.measure.partition("/")
-    if kind == "harness":
-        return _TASKS.get(which, which)
+    if kind == "harness" and measured.harness:
+        return next(_task_name(task) for task in measured.harness.tasks if task.task == which)
     if kind in ("prefill", "decode"):
         return f"{kind} after {int(which):,} tokens, tok/s"
     name = _MEASURES.get(kind, kind)

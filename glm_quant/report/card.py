@@ -7,6 +7,7 @@ drops what looks like a tag, so text that comes from outside goes through `escap
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -121,16 +122,23 @@ def make_charts(inputs: CardInputs) -> list[charts.Chart]:
     plan, needle = facts.plan, facts.measured.needle
     needs = memory_needs(plan.geometry, plan.tensor_bytes, plan.context_limit)
     shown = [recipe_chart(plan.groups), divergence_chart(facts.divergence.rows)]
-    others = [(build.name, build.size_gb * 1e9) for build in builds_of(plan.params)]
-    if others:
-        own = f"This build, {plan.bits_per_weight:.2f} bpw"
-        shown.append(footprint_chart(own, plan.tensor_bytes, others))
+    own = f"This build, {plan.bits_per_weight:.2f} bpw"
+    shown.append(footprint_chart(own, plan.tensor_bytes, _other_sizes(facts)))
     if needle is not None:
         shown.append(needle_chart(needle))
     if len(inputs.layer_errors) > 1:
         shown.append(layers_chart(inputs.layer_errors))
     shown += _kl_by_bits(facts) or _perplexity_by_size(facts)
     return [*shown, memory_chart(needs)]
+
+
+def _other_sizes(facts: _Facts) -> list[tuple[str, float]]:
+    """Return name and bytes of what a build is measured against: builds, or else the source."""
+    public = [(build.name, build.size_gb * 1e9) for build in builds_of(facts.plan.params)]
+    if not public:
+        public = [("The source", float(facts.source.size_bytes))]
+    baselines = facts.evaluation.baselines
+    return public + [(each.name, each.measurements.load.mlx_bytes) for each in baselines]
 
 
 def _kl_by_bits(facts: _Facts) -> list[charts.Chart]:
@@ -222,7 +230,7 @@ def _text(facts: _Facts, shown: Sequence[charts.Chart]) -> str:
         "estimate": _estimate,
         "bucket": _bucket,
         "parity_value": parity_value,
-        "measure_name": benchmarks.measure_name,
+        "measure_name": partial(benchmarks.measure_name, measured=facts.measured),
         "parity_bound": _parity_bound,
         "fit_text": _fit_text,
         "gibibytes": lambda size_bytes: f"{size_bytes / 2**30:,.1f} GiB",
@@ -282,7 +290,7 @@ def _context(facts: _Facts, shown: Sequence[charts.Chart]) -> dict[str, Any]:
         "machines": machines(),
         "chunk": CHUNK,
         "charts": {chart.name: chart for chart in shown},
-        "builds": public_builds(),
+        "builds": public_builds() if builds_of(plan.params) else None,
         "public": public,
         "baselines": [baseline.name for baseline in facts.evaluation.baselines],
         "scores": benchmarks.rows(facts.evaluation, public),
@@ -291,8 +299,12 @@ def _context(facts: _Facts, shown: Sequence[charts.Chart]) -> dict[str, Any]:
 
 
 def _figure(chart: charts.Chart) -> str:
+    """Return both pictures of a chart: the Hub shows the one whose address names its mode."""
     alt = escape(chart.alt)
-    return f"![{alt}]({ASSETS}/{chart.file(charts.LIGHT)})"
+    return "\n".join(
+        f"![{alt}]({ASSETS}/{chart.file(theme)}#hf-{mode}-mode-only)"
+        for theme, mode in ((charts.LIGHT, "light"), (charts.DARK, "dark"))
+    )
 
 
 def _estimate(estimate: Estimate, digits: int = 3) -> str:

@@ -131,7 +131,8 @@ def _scores(measured: Measurements) -> list[EvalResult]:
         for task in measured.harness.tasks:
             arguments = {"limit": measured.harness.limit, "shots": measured.harness.shots}
             metric = (task.score.metric, task.score.metric)
-            dataset = (task.dataset, task.task)
+            own = task.dataset_sha256 is None
+            dataset = (task.dataset, task.task if own else task.dataset)
             results.append(_result(dataset, arguments, metric, task.score.value))
     return results
 

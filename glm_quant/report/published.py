@@ -78,5 +78,5 @@ def comparable(measured: Measurements) -> set[str]:
         if (peer.dataset, peer.sequence_length, peer.samples, peer.seed) == asked:
             found.add("peer_perplexity")
     if harness is not None and (harness.shots, harness.limit) == (protocol.shots, protocol.limit):
-        found |= {task.task for task in harness.tasks}
+        found |= {task.task for task in harness.tasks if task.dataset_sha256 is None}
     return found

@@ -144,15 +144,19 @@ def bits_chart(title: str, labels: tuple[str, str], own: Point, others: Sequence
         y = [point.loss for point in points]
         axes.plot(x, y, color=theme.muted, linewidth=1.5, zorder=1)
         middle = (x[0] + x[-1]) / 2
-        for point in points:
+        for number, point in enumerate(points):
             ours = point is own
             colour = theme.accent if ours else theme.second
             axes.scatter(point.cost, point.loss, s=90, color=colour, zorder=2)
             left = point.cost <= middle
+            # Its words go inwards, on the side of the line to the neighbour that is free.
+            beside = y[min(number + 1, len(y) - 1) if left else max(number - 1, 0)]
+            below = beside > point.loss
             axes.annotate(
                 f"{point.name}\n{point.said}",
-                (point.cost, point.loss), (10 if left else -10, 8),
+                (point.cost, point.loss), (10 if left else -10, -8 if below else 8),
                 textcoords="offset points", ha="left" if left else "right", fontsize=11.5,
+                va="top" if below else "bottom",
                 color=colour, weight="bold" if ours else "normal", bbox=halo(theme), zorder=3,
             )  # fmt: skip
         axes.set(facecolor="none", xlabel=labels[0], ylabel=labels[1])

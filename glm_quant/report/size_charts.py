@@ -70,7 +70,7 @@ def recipe_chart(groups: Sequence[GroupTotals]) -> Chart:
 
 
 def footprint_chart(name: str, size_bytes: int, others: Sequence[tuple[str, float]]) -> Chart:
-    """Chart the size on disk among other builds, with the memory of machines.
+    """Chart the size on disk among other builds, with the memory of machines where it matters.
 
     Args:
         name: this build.
@@ -79,27 +79,32 @@ def footprint_chart(name: str, size_bytes: int, others: Sequence[tuple[str, floa
     """
     rows = sorted([(name, float(size_bytes), True), *((n, s, False) for n, s in others)],
                   key=lambda row: (row[1], not row[2]))  # fmt: skip
+    most = rows[-1][1]
+    shown = machines().gigabytes if most > machine_bytes(8) else ()
+    limit = max(most, *map(machine_bytes, shown)) * 1.05 if shown else most
 
     def draw(figure: Figure, theme: Theme) -> None:
         axes = figure.subplots()
-        head(figure, theme, "Size on disk, and what machines hold")
+        title = "Size on disk, and what machines hold" if shown else "Size on disk"
+        head(figure, theme, title)
         for y, (label, value, ours) in enumerate(rows):
             axes.barh(y, value, color=theme.accent if ours else theme.muted, height=0.38, zorder=2)
             weight = "bold" if ours else "normal"
             axes.text(0, y - 0.24, label, va="bottom", fontsize=11.5, weight=weight, zorder=1.5,
                       bbox=halo(theme))  # fmt: skip
-            axes.text(value - 4e9, y, say.size(value), va="center", ha="right", fontsize=10.5,
-                      color=theme.paper if ours else theme.ink, zorder=4)  # fmt: skip
-        limit = max(machine_bytes(machines().gigabytes[-1]), rows[-1][1]) * 1.05
-        axes.set(xlim=(0, limit), ylim=(len(rows) - 0.65, -1.1))
-        _machines(axes, theme, machines().gigabytes, top=-0.85)
+            ink = theme.paper if ours else theme.ink
+            axes.text(value - 0.007 * limit, y, say.size(value), va="center", ha="right",
+                      fontsize=10.5, color=ink, zorder=4)  # fmt: skip
+        axes.set(xlim=(0, limit), ylim=(len(rows) - 0.65, -1.1 if shown else -0.75))
+        _machines(axes, theme, shown, top=-0.85)
         bare(axes)
 
-    fitting = [g for g in machines().gigabytes if machine_bytes(g) > size_bytes]
+    fitting = [g for g in shown if machine_bytes(g) > size_bytes]
     least = f"the smallest machine that holds it has {fitting[0]} GB" if fitting else "too large"
     listed = ", ".join(f"{label} {say.size(value)}" for label, value, ours in rows if not ours)
-    alt = f"Size on disk: this build is {say.size(size_bytes)} ({least}); others: {listed}"
-    return Chart("footprint", alt, 1.3 + 0.62 * len(rows), draw)
+    own = say.size(size_bytes) + (f" ({least})" if shown else "")
+    alt = f"Size on disk: this build is {own}; others: {listed}"
+    return Chart("footprint", alt, (1.3 if shown else 0.95) + 0.62 * len(rows), draw)
 
 
 def memory_chart(needs: Sequence[MemoryNeed]) -> Chart:

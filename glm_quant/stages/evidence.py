@@ -18,8 +18,8 @@ from glm_quant.stages.making import PlanFigures
 
 Rows = list[dict[str, str]]
 
-# `![alt](assets/chart.png)`, as the card has it.
-_IMAGE = re.compile(r"!\[((?:\\.|[^\]])*)\]\((assets/[\w.-]+\.png)\)")
+# `![alt](assets/chart.png#hf-light-mode-only)` and its dark twin, as the card has them.
+_IMAGE = re.compile(r"!\[((?:\\.|[^\]])*)\]\((assets/[\w.-]+\.png)#hf-(light|dark)-mode-only\)\n?")
 _FRONT_MATTER = re.compile(r"\A---\n.*?\n---\n", re.DOTALL)
 
 
@@ -101,5 +101,7 @@ def web_page(uri: str) -> str | None:
 
 
 def _inlined(folder: Path, found: re.Match[str]) -> str:
+    if found[3] == "dark":  # only the Hub shows one of the two
+        return ""
     data = base64.b64encode((folder / found[2]).read_bytes()).decode()
-    return f"![{found[1]}](data:image/png;base64,{data})"
+    return f"![{found[1]}](data:image/png;base64,{data})\n"

@@ -27,7 +27,7 @@ def check_targets(build: Build) -> None:
         EvaluationError: what the recipe measures with is not installed.
         PublishError: a target's address is malformed, or the licence stands in the way.
     """
-    require_measurable(build.recipe.evaluation, build.recipe.baselines)
+    require_measurable(build.recipe.evaluation, build.baselines)
     for target in build.targets:
         build.open_target(target, "unused")
     if build.targets:

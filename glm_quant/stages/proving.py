@@ -131,23 +131,31 @@ class DivergenceStage(Stage[DivergenceRecord]):
         )
 
     def _baselines(self) -> list[Baseline]:
-        return [open_baseline(name, at) for name, at in self.build.recipe.baselines.items()]
+        return [open_baseline(name, at) for name, at in self.build.baselines.items()]
 
     def _identity(self, baseline: Baseline) -> Canonical:
+        if self._is_streamed(baseline):
+            return [baseline.name, baseline.identity, "streamed"]
         known = baseline.divergence()
         return [baseline.name, baseline.identity, known[0].fingerprint if known else None]
 
     def _beside(
         self, baseline: Baseline, progress: Progress
     ) -> tuple[DivergenceRecord, Path] | None:
-        """Return a baseline's record and folder; a checkpoint is streamed only if a bound asks."""
-        bounds = self.build.recipe.divergence.bounds
-        if baseline.evaluation is not None:
+        """Return a baseline's record and folder, if it has one or is to have one."""
+        if not self._is_streamed(baseline):
             return baseline.divergence()
-        if not any(bound.baseline == baseline.name for bound in bounds):
-            return None
         record = self._measure(baseline.place, progress)
         return record, build_folder(self.build.workspace.divergence, record)
+
+    def _is_streamed(self, baseline: Baseline) -> bool:
+        """Whether the KL of a checkpoint is measured: it is of the same source, or a bound asks."""
+        if baseline.evaluation is not None:
+            return False
+        bounds = self.build.recipe.divergence.bounds
+        return baseline.is_of(self.build.checkpoint) or any(
+            bound.baseline == baseline.name for bound in bounds
+        )
 
     def summarize(self, record: DivergenceRecord) -> str:
         """Return KL, agreement and both perplexities."""
@@ -167,9 +175,9 @@ class EvaluationStage(Stage[EvaluationRecord]):
 
     def inputs(self) -> Canonical:
         """Return the build, the settings, the texts, the baselines and the versions."""
-        recipe = self.build.recipe
+        build = self.build
         return evaluation_inputs(
-            self.build.workspace.checkpoint, recipe.evaluation, recipe.baselines
+            build.workspace.checkpoint, build.recipe.evaluation, build.baselines
         )
 
     def make(self, progress: Progress) -> EvaluationRecord:
@@ -183,7 +191,7 @@ class EvaluationStage(Stage[EvaluationRecord]):
             workspace.checkpoint,
             recipe.evaluation,
             folder=workspace.records / "measurements",
-            baselines=recipe.baselines,
+            baselines=self.build.baselines,
             stage_fingerprint=self.fingerprint(),
             progress=progress,
         )

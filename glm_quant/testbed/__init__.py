@@ -19,4 +19,9 @@ def held_out_text() -> str:
     return (_HERE / "held_out.txt").read_text(encoding="utf-8")
 
 
-__all__ = ["held_out_text", "tiny_glm_path"]
+def items_path(name: str) -> Path:
+    """Return a small data set in a peer's schema: see `make_items`."""
+    return _HERE / "items" / name
+
+
+__all__ = ["held_out_text", "items_path", "tiny_glm_path"]

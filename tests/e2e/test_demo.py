@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import time
@@ -63,7 +64,17 @@ def test_demo_ends_with_a_published_checkpoint_and_its_card(
             "publish",
         )
     }
-    assert unexplained((published / "README.md").read_text(), workspace) == []
+    card = (published / "README.md").read_text()
+    assert unexplained(card, workspace) == []
+    charts = set(re.findall(r"\(assets/(\w+)\.png#hf-light-mode-only\)", card))
+    wanted = ("recipe", "footprint", "divergence", "layers", "bits", "needle", "memory")
+    assert charts == set(wanted)
+    for row in (
+        *("| python-endings.jsonl, asked as HellaSwag", "| python-lines.jsonl, asked as PIQA"),
+        *("| python-names.jsonl, asked as WinoGrande", "| Perplexity, python-chats.jsonl |"),
+        *("| KL to the source, mean, uniform\u20114bit |", "| needle retrieval, uniform-4bit |"),
+    ):
+        assert row.replace("\u2011", "-") in card.replace("\u2011", "-")
     verified = embedded.run("verify", published, "--source", str(tiny_glm_path()), "--json")
     assert json.loads(verified.stdout)["rederived_blocks"] > 0
 

@@ -280,7 +280,7 @@ def test_quality_by_bits_is_charted_where_builds_were_compared(
     inputs: CardInputs, rich: str, card: str
 ) -> None:
     """This build and the baselines with a KL on the same tokens; without KL, their perplexity."""
-    assert "this build 2.56 bpw · 0.5000, 3.5 bpw 3.54 bpw · 0.1170](assets/bits.png)" in rich
+    assert "this build 2.56 bpw · 0.5000, 3.5 bpw 3.54 bpw · 0.1170](assets/bits.png#hf-" in rich
     assert "assets/bits.png" not in card
     losses = plain(render_card(replace(inputs, evaluation=rich_evaluation(M3))))
     assert "by size in memory: this build 237.9 GB · 3.700, 3.5 bpw 328.5 GB · 2.814]" in losses
@@ -356,21 +356,55 @@ def test_speeds_from_another_machine_are_marked(inputs: CardInputs, card: str) -
     assert r"AMD EPYC (Linux x86\_64, 2 cores, 24 GB, cpu)" in other
 
 
-def test_footprint_is_only_for_builds_of_that_model(inputs: CardInputs, card: str) -> None:
-    """Other builds' sizes say nothing about a model of another size."""
-    assert "assets/footprint.png" in card
+def test_footprint_is_among_builds_of_that_model(inputs: CardInputs, card: str) -> None:
+    """Other builds' sizes say nothing about a model of another size: there the source has a bar."""
+    assert "avlp12" in alt_of(card, "footprint")
+    assert "The source" not in alt_of(card, "footprint")
     assert inputs.plan is not None
     smaller = replace(inputs, plan=replace(inputs.plan, params=inputs.plan.params // 2))
-    assert "footprint" not in render_card(smaller)
+    assert "The source 1.00 TB" in alt_of(plain(render_card(smaller)), "footprint")
+    assert "avlp12" not in render_card(smaller)
+
+
+def alt_of(card: str, chart: str) -> str:
+    found = re.search(rf"!\[([^\]]*)\]\(assets/{chart}\.png#hf-light-mode-only\)", card)
+    assert found
+    return found[1]
+
+
+def test_items_that_are_not_the_tasks_own_are_named(inputs: CardInputs) -> None:
+    """PIQA's protocol on other items is not PIQA: in the table, beside baselines, in front."""
+    record = rich_evaluation(M3)
+    harness = record.measurements.harness
+    assert harness is not None
+    local = {"dataset": "mine.jsonl", "dataset_sha256": "ab" * 32}
+    tasks = [task.model_copy(update=local) for task in harness.tasks]
+    measured = record.measurements.model_copy(
+        update={"harness": harness.model_copy(update={"tasks": tasks})}
+    )
+    text = plain(
+        render_card(
+            replace(inputs, evaluation=record.model_copy(update={"measurements": measured}))
+        )
+    )
+    assert "| mine.jsonl, asked as PIQA (acc) | – | – | " in text
+    assert "| mine.jsonl, asked as PIQA, 3.5 bpw | 0.796 | 0.828 |" in text
+    names = re.findall(r"dataset:\n +name: (.+)\n +type: (.+)\n", text)
+    assert ("mine.jsonl", "mine.jsonl") in names
+    assert not any("piqa" in name for name, _ in names)
 
 
 def test_writing_leaves_card_and_charts(inputs: CardInputs, tmp_path: Path) -> None:
-    """Every picture that the card shows lies beside it, light and dark."""
+    """Every picture that the card shows lies beside it; the Hub shows one of each pair."""
     written = write_card(inputs, tmp_path)
     assert sorted(str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*.*")) == written
     text = (tmp_path / "README.md").read_text()
-    pictures = re.findall(r"!\[.+?\]\((assets/.+?)\)", text)
-    assert [Path(p).stem for p in pictures] == [
+    pictures = re.findall(r"!\[(.+?)\]\((assets/.+?)#hf-(\w+)-mode-only\)", text)
+    light, dark = pictures[::2], pictures[1::2]
+    assert {mode for _, _, mode in light} == {"light"}
+    assert [(alt, path.replace(".png", "-dark.png"), "dark") for alt, path, _ in light] == dark
+    assert text.count("![") == len(pictures)
+    assert [Path(path).stem for _, path, _ in light] == [
         "recipe",
         "footprint",
         "divergence",
@@ -378,7 +412,7 @@ def test_writing_leaves_card_and_charts(inputs: CardInputs, tmp_path: Path) -> N
         "needle",
         "memory",
     ]
-    assert {p.replace(".png", "-dark.png") for p in pictures} | set(pictures) < set(written)
+    assert {path for _, path, _ in pictures} < set(written)
 
 
 def test_escaping_keeps_every_character_visible() -> None:
