@@ -204,6 +204,22 @@ def calibrate(
 
 
 @app.command()
+def imatrix(
+    origin: Annotated[Path, typer.Argument(help="llama.cpp's imatrix (GGUF), or our folder.")],
+    target: Annotated[Path, typer.Argument(help="The other of the two, to make.")],
+    verbose: Verbose = False,
+) -> None:
+    """Read an imatrix of llama.cpp's into a folder for recipes, or write ours for llama.cpp."""
+    with errors_in_one_screen(verbose):
+        from glm_quant.calibration.llama_cpp import read_llama_cpp, write_llama_cpp
+
+        if origin.is_dir():
+            _out.print(f"{target}: energies of {write_llama_cpp(origin, target)} weights")
+        else:
+            _out.print(f"{target}: {read_llama_cpp(origin, target).describe()}")
+
+
+@app.command()
 def fit(
     source: Annotated[str, typer.Option(help="Folder or URI of the checkpoint.")],
     target: Annotated[str, typer.Option(help="238GB, 2.56bpw or '256GB Mac at 32K context'.")],
