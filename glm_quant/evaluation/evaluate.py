@@ -1,11 +1,6 @@
 """Evaluate a build in a process of its own and hold it to the recipe's bounds."""
 
-import json
-import subprocess
-import sys
-import tempfile
-from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
 
@@ -17,20 +12,17 @@ from glm_quant.evaluation.data_files import data_file
 from glm_quant.evaluation.figures import compare, figures, hold
 from glm_quant.evaluation.harness import require_package
 from glm_quant.evaluation.perplexity import digest_text
+from glm_quant.evaluation.process import Progress, run_apart
 from glm_quant.evaluation.records import BaselineMeasurements, EvaluationRecord, Measurements
 from glm_quant.evaluation.request import Request
 from glm_quant.fingerprint import Canonical, fingerprint
-from glm_quant.model.precision import users_environment
 from glm_quant.settings import EvaluationSettings
 from glm_quant.testbed import held_out_text
-
-Progress = Callable[[int, int], None]
 
 # Raise it when a measurement changes its meaning: records made before are then made anew.
 VERSION = 2
 
 _BUILT_IN_TEXT = "held-out text of Python's standard library"
-_STDERR_LINES = 12
 # What may change without anything being measured again.
 _BOUNDS = {"bounds", "max_perplexity", "min_needle_score"}
 
@@ -187,7 +179,9 @@ def _measure(
     request = Request(
         checkpoint=checkpoint, settings=settings, text_name=name, text=text, texts=dict(others)
     )
-    measured = _run_worker(request, progress)
+    what = f"{checkpoint}: the process that evaluates the build"
+    answer = run_apart("glm_quant.evaluation", request, what, progress)
+    measured = Measurements.model_validate_json(answer)
     if path is not None:
         MeasurementsRecord(fingerprint=own, measurements=measured).save(path)
     return measured
@@ -234,56 +228,3 @@ def _file_digests(settings: EvaluationSettings) -> dict[str, Canonical]:
             raise RecipeError(f"{path}: the recipe's data file for {name} is not there.")
         digests[name] = sha256_file(path)
     return digests
-
-
-def _run_worker(request: Request, progress: Progress | None) -> Measurements:
-    with tempfile.TemporaryDirectory(prefix="glm-quant-evaluation-") as name:
-        folder = Path(name)
-        asked, output, errors = folder / "request.json", folder / "result.json", folder / "stderr"
-        asked.write_text(request.model_dump_json(), encoding="utf-8")
-        command = [sys.executable, "-m", "glm_quant.evaluation", str(asked), str(output)]
-        with errors.open("wb") as stderr:
-            # stdin stays open as long as this process lives: the worker ends when it closes.
-            worker = subprocess.Popen(
-                command,
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=stderr,
-                text=True,
-                env=users_environment(),
-            )
-            try:
-                _follow(worker, progress)
-                status = worker.wait()
-            finally:
-                worker.kill()
-                worker.wait()
-                for pipe in (worker.stdin, worker.stdout):
-                    if pipe:
-                        pipe.close()
-        if status != 0 or not output.is_file():
-            raise EvaluationError(_what_happened(request.checkpoint, status, errors))
-        return Measurements.model_validate_json(output.read_bytes())
-
-
-def _follow(worker: subprocess.Popen[str], progress: Progress | None) -> None:
-    """Pass the worker's progress on; what else is printed by a model's code is not ours."""
-    for line in worker.stdout or ():
-        try:
-            said = json.loads(line)
-            done, total = int(said["done"]), int(said["total"])
-        except (ValueError, TypeError, KeyError):
-            continue
-        if progress:
-            progress(done, total)
-
-
-def _what_happened(checkpoint: Path, status: int, errors: Path) -> str:
-    with errors.open(encoding="utf-8", errors="replace") as file:
-        tail = deque((line.rstrip() for line in file if line.strip()), maxlen=_STDERR_LINES)
-    how = f"was killed by signal {-status}" if status < 0 else f"ended with status {status}"
-    lines = "\n".join(f"  {line}" for line in tail) or "  (it said nothing)"
-    return (
-        f"{checkpoint}: the process that evaluates the build {how}. Its last words:\n{lines}\n"
-        "The build itself is kept; run again after removing the cause."
-    )

@@ -1,28 +1,20 @@
-"""The process that loads a build and measures it: a request in, measurements out.
+"""The process that loads a build and measures it: a request in, measurements out."""
 
-It says how far it is in lines on stdout and ends itself when its stdin closes, so that a killed
-flow does not leave a process behind that holds hundreds of gigabytes.
-"""
-
-import json
-import os
 import sys
-import threading
 import time
 from collections.abc import Callable
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any, cast
 
 import mlx.core as mx
 
 from glm_quant import __version__
-from glm_quant.artifact import write_atomic
 from glm_quant.errors import EvaluationError
 from glm_quant.evaluation.coherence import measure_coherence
 from glm_quant.evaluation.needle import measure_needle
 from glm_quant.evaluation.peer_records import Harness, PeerPerplexity
 from glm_quant.evaluation.perplexity import digest_text, measure_perplexity
+from glm_quant.evaluation.process import serve
 from glm_quant.evaluation.records import (
     Coherence,
     Measurements,
@@ -50,10 +42,7 @@ _ITEM_TOKENS = 128
 
 def main(arguments: list[str]) -> None:
     """Do the request in the file `arguments[0]`, write the measurements to `arguments[1]`."""
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-    request = Request.model_validate_json(Path(arguments[0]).read_bytes())
-    measurements = measure(request, _say)
-    write_atomic(Path(arguments[1]), (measurements.model_dump_json(indent=1) + "\n").encode())
+    serve(arguments, lambda data, told: measure(Request.model_validate_json(data), told))
 
 
 def measure(request: Request, progress: Callable[[int, int], None]) -> Measurements:
@@ -203,15 +192,3 @@ def _ticker(progress: Callable[[int, int], None], total: int) -> Tick:
         progress(done, total)
 
     return tick
-
-
-def _say(done: int, total: int) -> None:
-    sys.stdout.write(json.dumps({"done": done, "total": total}) + "\n")
-    sys.stdout.flush()
-
-
-def _end_with_parent() -> None:
-    # A raw read: a buffered one would hold a lock that the interpreter needs to end.
-    while os.read(0, 4096):
-        pass
-    os._exit(1)

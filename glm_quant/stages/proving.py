@@ -5,17 +5,19 @@ from pathlib import Path
 
 from glm_quant.artifact import Record
 from glm_quant.evaluation.baselines import Baseline, open_baseline
-from glm_quant.evaluation.divergence import VERSION, build_folder, check_bounds, divergence
+from glm_quant.evaluation.divergence import VERSION, build_folder, check_bounds
 from glm_quant.evaluation.divergence_beside import compare_divergence
 from glm_quant.evaluation.divergence_record import DivergenceRecord
 from glm_quant.evaluation.evaluate import evaluate, evaluation_inputs
 from glm_quant.evaluation.perplexity import digest_text
+from glm_quant.evaluation.process import run_apart
 from glm_quant.evaluation.records import EvaluationRecord
-from glm_quant.evaluation.token_set import make_token_set, read_texts
+from glm_quant.evaluation.token_set import read_texts
 from glm_quant.fingerprint import Canonical
 from glm_quant.parity import ParityRecord, check_parity
 from glm_quant.quantize.convert import Progress
 from glm_quant.stages.base import Stage
+from glm_quant.stages.divergence_worker import DivergenceRequest
 from glm_quant.stages.making import AssembleStage
 
 
@@ -74,7 +76,10 @@ class ParityStage(Stage[ParityStageRecord]):
 
 
 class DivergenceStage(Stage[DivergenceRecord]):
-    """How far the build is from its bf16 source: streamed KL and perplexity, within bounds."""
+    """How far the build is from its bf16 source: streamed KL and perplexity, within bounds.
+
+    A process of its own streams them.
+    """
 
     name = "divergence"
     record_type = DivergenceRecord
@@ -118,17 +123,16 @@ class DivergenceStage(Stage[DivergenceRecord]):
         return found.model_copy(update={"fingerprint": self.fingerprint(), "outputs": outputs})
 
     def _measure(self, checkpoint: Path, progress: Progress) -> DivergenceRecord:
-        settings, workspace = self.build.recipe.divergence, self.build.workspace
-        shared = settings.references
-        return divergence(
-            self.build.checkpoint,
-            checkpoint,
-            make_token_set(self.build.checkpoint, settings),
-            workspace.divergence,
-            references=None if shared is None else Path(shared).expanduser(),
-            memory_bytes=None if settings.memory_gb is None else int(settings.memory_gb * 1e9),
-            progress=progress,
+        build = self.build
+        request = DivergenceRequest(
+            source=build.checkpoint.source.uri,
+            folder=build.workspace.divergence,
+            checkpoint=checkpoint,
+            settings=build.recipe.divergence,
         )
+        what = f"{checkpoint}: the process that compares the build with its source"
+        answer = run_apart("glm_quant.stages.divergence_worker", request, what, progress)
+        return DivergenceRecord.model_validate_json(answer)
 
     def _baselines(self) -> list[Baseline]:
         return [open_baseline(name, at) for name, at in self.build.baselines.items()]

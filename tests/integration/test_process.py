@@ -1,0 +1,92 @@
+"""Measurements in processes of their own: what they raise, and that their end is not the flow's."""
+
+import os
+import signal
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from glm_quant.build import BuildSpec, open_build
+from glm_quant.errors import EvaluationError, SourceError
+from glm_quant.evaluation.process import run_apart
+from glm_quant.settings import DivergenceSettings
+from glm_quant.stages.divergence_worker import DivergenceRequest
+from glm_quant.stages.making import AssembleStage, PlanStage, QuantizeStage
+from glm_quant.stages.proving import DivergenceStage
+from glm_quant.testbed import tiny_glm_path
+
+RECIPE = """\
+name: apart
+description: As quick as it gets
+rules:
+  - {group: mtp, drop: true}
+  - {group: [norms, router, indexer], dtype: source}
+  - {match: .*, bits: 4}
+divergence: {tokens: 64, context: 64}
+"""
+
+
+@pytest.fixture
+def stage(tmp_path: Path) -> DivergenceStage:
+    """Give the stage of a build that is assembled."""
+    recipe = tmp_path / "apart.yaml"
+    recipe.write_text(RECIPE)
+    spec = BuildSpec(
+        recipe=str(recipe), source=str(tiny_glm_path()), workspace=str(tmp_path / "work")
+    )
+    build = open_build(spec, afresh=True)
+    build.workspace.create()
+    for each in (PlanStage(build), QuantizeStage(build, 0), AssembleStage(build)):
+        each.run(quiet)
+    return DivergenceStage(build)
+
+
+def quiet(_done: int, _total: int) -> None:
+    pass
+
+
+def children() -> list[int]:
+    """The processes that this one has started to compare builds."""
+    found = subprocess.run(["ps", "-o", "pid=,ppid=,args="], capture_output=True, text=True)
+    rows = (line.split(maxsplit=2) for line in found.stdout.splitlines())
+    return [
+        int(pid)
+        for pid, parent, arguments in rows
+        if int(parent) == os.getpid() and "divergence_worker" in arguments
+    ]
+
+
+def test_a_killed_comparison_is_an_error_and_goes_on_at_its_layer(stage: DivergenceStage) -> None:
+    """The system's kill, as when memory runs out, fails the stage; the next run loses a layer."""
+    told: list[int] = []
+
+    def kill_in_the_middle(done: int, _total: int) -> None:
+        told.append(done)
+        if done == 2:
+            (child,) = children()
+            os.kill(child, signal.SIGKILL)
+
+    with pytest.raises(EvaluationError, match=r"compares the build .* killed by signal 9"):
+        stage.run(kill_in_the_middle)
+    assert children() == []
+    assert stage.current() is None
+    failure = stage.build.workspace.records / "failure.json"
+    assert "killed by signal 9" in failure.read_text()
+    again: list[int] = []
+    stage.run(lambda done, _total: again.append(done))
+    assert again[0] > told[0]
+    assert stage.current() is not None
+    assert not failure.exists()
+
+
+def test_an_error_in_the_child_keeps_its_kind_and_words(tmp_path: Path) -> None:
+    """So that what can pass is tried again, and the command exits as it should."""
+    request = DivergenceRequest(
+        source=str(tmp_path / "none"),
+        folder=tmp_path,
+        checkpoint=tmp_path,
+        settings=DivergenceSettings(),
+    )
+    with pytest.raises(SourceError, match=r"^\S+/none: there is no such folder"):
+        run_apart("glm_quant.stages.divergence_worker", request, "it", None)
