@@ -232,7 +232,7 @@ def fit(
     measure: Annotated[
         str | None,
         typer.Option(
-            help="kl, scaled or error (from dear to cheap); default: kl up to 8 GiB, else error."
+            help="kl, scaled or error (from dear to cheap); default: kl up to 8 GiB, else scaled."
         ),
     ] = None,
     imatrix: Annotated[str | None, typer.Option(help="Made by `calibrate`.")] = None,

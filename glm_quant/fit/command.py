@@ -15,7 +15,7 @@ import yaml
 from glm_quant import __version__
 from glm_quant.artifact import write_atomic
 from glm_quant.checkpoint.reader import Checkpoint
-from glm_quant.errors import OutputError, RecipeError
+from glm_quant.errors import InputError, OutputError, RecipeError
 from glm_quant.evaluation.token_set import TokenSet
 from glm_quant.fit.parts import Part, divide, fitted_rules
 from glm_quant.fit.record import FitPoint, FitResult
@@ -36,7 +36,8 @@ from glm_quant.quantize.scheme import Quantized
 from glm_quant.recipe import ComponentGroup, Recipe, load_recipe, parse_recipe
 from glm_quant.workspace import Workspace
 
-# Streaming a source for every number is for sources up to this size; larger ones are sampled.
+# Streaming a source for every number is for sources up to this size; larger ones are streamed once
+# for each part. Never is `error` chosen unasked: it lost to a recipe made by hand.
 _KL_BYTES = 8 << 30
 
 
@@ -48,7 +49,7 @@ class FitSettings:
         recipe: to begin with.
         floors: the least bits of a group.
         bands: parts that the layers are cut into.
-        measure: None is `kl` for sources up to 8 GiB, else `error`.
+        measure: None is `kl` for sources up to 8 GiB, else `scaled`, in a folder on this machine.
         imatrix: folder for the recipe, in place of its own.
     """
 
@@ -112,6 +113,7 @@ def fit(
 
     Raises:
         RecipeError: the target cannot be met, or recipe and floors leave nothing to fit.
+        InputError: the source is large, not in a folder, and no measure is asked for.
         OutputError: the output is there already.
         BusyError: another process is fitting into it.
     """
@@ -134,16 +136,27 @@ def fit(
     beside = Workspace(output.with_name(f".{output.stem}.glm-quant"))
     beside.create()
     with beside.locked():
-        meter = _meter(source, settings.measure, make_tokens, beside)
+        meter = _meter(source, settings.measure, len(parts), make_tokens, beside)
         costs = measure_costs(meter, parts, beside.records, progress)
         return _Fit(source, recipe, plan, parts, costs, budget, meter.describe()).write(output)
 
 
 def _meter(
-    source: Checkpoint, said: Measure | None, make_tokens: Callable[[], TokenSet], beside: Workspace
+    source: Checkpoint,
+    said: Measure | None,
+    parts: int,
+    make_tokens: Callable[[], TokenSet],
+    beside: Workspace,
 ) -> Meter:
     size = sum(source.files[name].size_bytes for name in source.index.shards)
-    measure = said or ("kl" if size <= _KL_BYTES else "error")
+    if said is None and size > _KL_BYTES and source.source.places is not None:
+        raise InputError(
+            f"{source.source.uri}: measuring {parts} parts reads it {parts + 1} times, each time "
+            f"{size:,} bytes over the network. Fetch it into a folder first, or say `--measure "
+            "scaled` to read it from there all the same, or `--measure error` for a guess from a "
+            "few rows."
+        )
+    measure = said or ("kl" if size <= _KL_BYTES else "scaled")
     if measure == "error":
         return ErrorMeter(source)
     divergence = DivergenceMeter(source, make_tokens(), beside.scratch)

@@ -11,7 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from glm_quant.checkpoint.reader import Checkpoint
-from glm_quant.errors import OutputError, RecipeError
+from glm_quant.checkpoint.source import FolderSource
+from glm_quant.errors import InputError, OutputError, RecipeError
 from glm_quant.evaluation.token_set import TokenSet, make_token_set
 from glm_quant.evaluation.weights import BuildWeights
 from glm_quant.fit.command import FitSettings, fit, parse_floors, parse_measure
@@ -21,6 +22,7 @@ from glm_quant.fit.solve import Front, Option
 from glm_quant.fit.target import parse_target
 from glm_quant.fit.trial import TrialWeights
 from glm_quant.model.geometry import Geometry
+from glm_quant.model.groups import GROUPS
 from glm_quant.quantize.plan import make_plan
 from glm_quant.quantize.scheme import Quantized
 from glm_quant.recipe import DivergenceSettings, load_recipe, parse_recipe
@@ -122,6 +124,35 @@ def test_recipe_plans_to_the_bytes_it_names(small: Path, tmp_path: Path) -> None
     assert plan.bits_per_weight <= 6.5
     assert "for a target of 6.5bpw" in text
     assert "No other choice within the budget has a lower sum" in text
+
+
+def test_large_sources_are_streamed_once_for_each_part(
+    small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Unasked, a large source in a folder is measured by `scaled`; one elsewhere is not begun."""
+    monkeypatch.setattr("glm_quant.fit.command._KL_BYTES", 0)
+    groups = [group for group in GROUPS if group not in ("lm_head", "mtp")]
+    rules = [{"group": groups, "dtype": "source"}, {"group": "mtp", "drop": True}]
+    rules.append({"group": "lm_head", "bits": 4, "group_size": 64})
+    one = {"name": "one", "description": "one part to fit", "rules": rules}
+    (tmp_path / "one.yaml").write_text(json.dumps(one))
+    settings = FitSettings(str(tmp_path / "one.yaml"), {}, bands=1)
+    source = Checkpoint.open(small)
+    fit(
+        source,
+        "16bpw",
+        tmp_path / "mine.yaml",
+        settings,
+        lambda: make_token_set(source, DivergenceSettings(tokens=64, context=32)),
+    )
+    text = (tmp_path / "mine.yaml").read_text()
+    assert "in one scheme; others by the error of some rows" in text
+
+    class Remote(FolderSource):
+        places = 2
+
+    with pytest.raises(InputError, match=r"reads it \d+ times.*Fetch it into a folder first"):
+        fit(Checkpoint.open(Remote(small)), "16bpw", tmp_path / "b.yaml", settings, no_tokens)
 
 
 def test_size_includes_headers(small: Path, tmp_path: Path) -> None:
