@@ -2,7 +2,7 @@
 
 from prefect import flow
 
-from glm_quant.stages.assessing import AssessSpec
+from glm_quant.stages.assessing import ASSESS_STAGES, AssessSpec
 from glm_quant.stages.base import StageResult
 from tasks.assess import assess_divergence, assess_evaluation, assess_parity, assess_verify
 from tasks.naming import assess_name
@@ -14,7 +14,7 @@ from tasks.session import at_work
 def assess(spec: AssessSpec) -> list[StageResult]:
     """Check every byte of a build, hold it against its source, measure it."""
     build = spec.build()
-    with at_work(build):
+    with at_work(build, ASSESS_STAGES):
         done = [assess_verify(build), assess_parity(build)]
         done += [assess_divergence(build), assess_evaluation(build)]
         report_assessment(build)

@@ -393,8 +393,10 @@ def _release(spec: BuildSpec, verbose: bool, as_json: bool) -> None:
     prepare(verbose)
     with errors_in_one_screen(verbose):
         begin = time.monotonic()
-        build = open_build(spec)  # bad input fails here, before Prefect is started
-        require_free(spec)  # and a workspace that is taken
+        # A taken workspace fails here, before Prefect is started, and so does bad input. The commit
+        # that another machine began with is known before the source is opened.
+        require_free(spec)
+        build = open_build(spec)
         from flows.release import release
         from tasks.progress import watch
 

@@ -22,7 +22,7 @@ from tasks.upload import make_shards, restore_shards
 @flow(name="glm-quant", flow_run_name=release_name, persist_result=False)
 def release(spec: BuildSpec) -> list[StageResult]:
     """Make, prove and publish one build. Run it again after any interruption: it resumes."""
-    with at_work(spec):
+    with at_work(spec, shared=True):
         planned = [download(spec), plan(spec)]
         report_plan(spec)
         made = [*make_shards(spec), assemble(spec), *restore_shards(spec)]

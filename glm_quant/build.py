@@ -6,8 +6,9 @@ headers (about a second for GLM-5.2), so a process keeps the last one.
 
 import logging
 from collections.abc import Generator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -20,6 +21,9 @@ from glm_quant.quantize.convert import Conversion
 from glm_quant.quantize.plan import make_plan
 from glm_quant.recipe import load_recipe
 from glm_quant.workspace import Workspace, existing_workspace
+
+if TYPE_CHECKING:
+    from glm_quant.hub.records import SharedRecords
 
 _log = logging.getLogger(__name__)
 
@@ -111,6 +115,7 @@ class Build:
 
 
 _opened: dict[str, Build] = {}
+_shared: "SharedRecords | None" = None
 
 
 def open_build(spec: BuildSpec, afresh: bool = False) -> Build:
@@ -119,7 +124,12 @@ def open_build(spec: BuildSpec, afresh: bool = False) -> Build:
     Args:
         spec: which build.
         afresh: read recipe and source again, since they may have changed.
+
+    Raises:
+        BusyError: another machine has taken the build over.
     """
+    if _shared is not None:
+        _shared.require_held()
     key = spec.model_dump_json()
     if afresh or key not in _opened:
         _stop_working()
@@ -151,16 +161,21 @@ def workspace_of(spec: BuildSpec) -> Workspace:
 
 
 @contextmanager
-def claimed(spec: BuildSpec) -> Generator[None]:
+def claimed(spec: BuildSpec, shared: bool = False) -> Generator[None]:
     """Hold a build's workspace for as long as the block runs; then the build is finished.
+
+    Args:
+        spec: which build.
+        shared: its records are those that the recipe keeps in S3, if it does.
 
     Raises:
         OutputError: the workspace holds something else.
-        BusyError: another process works in it.
+        BusyError: another process works in it, or another machine on the build.
+        PublishError: the records in S3 cannot be reached.
     """
     workspace = workspace_of(spec)
     workspace.create()
-    with workspace.locked():
+    with workspace.locked(), _sharing(spec) if shared else nullcontext():
         try:
             yield
         finally:
@@ -168,14 +183,34 @@ def claimed(spec: BuildSpec) -> Generator[None]:
         workspace.pin.unlink(missing_ok=True)
 
 
+@contextmanager
+def _sharing(spec: BuildSpec) -> Generator[None]:
+    """Keep the workspace's records at the place in S3 that the recipe names, if it names one."""
+    global _shared
+    settings = load_recipe(spec.recipe).records
+    if settings is None:
+        yield
+        return
+    from glm_quant.hub.records import SharedRecords  # boto3 only where it is wanted
+
+    with SharedRecords(settings.uri, workspace_of(spec), settings.lease_seconds) as _shared:
+        try:
+            yield
+        finally:
+            _shared = None
+
+
 def require_free(spec: BuildSpec) -> None:
-    """Check that a build's workspace can be claimed.
+    """Check that a build can be claimed, and fetch what another machine recorded of it.
 
     Raises:
+        RecipeError: there is no such recipe.
         OutputError: the workspace holds something else.
-        BusyError: another process works in it.
+        BusyError: another process works in it, or another machine on the build.
+        PublishError: the records in S3 cannot be reached.
     """
+    load_recipe(spec.recipe)  # before there is a folder
     workspace = workspace_of(spec)
     workspace.create()
-    with workspace.locked():
+    with workspace.locked(), _sharing(spec):
         return

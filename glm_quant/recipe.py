@@ -159,6 +159,15 @@ class PublishSettings(Section):
     )
 
 
+class RecordsSettings(Section):
+    """Where a build's records are copied to, so that another machine can take it over."""
+
+    uri: str = Field(pattern="^s3://.", description="s3://bucket/prefix, one for each build")
+    lease_seconds: float = Field(
+        default=600, ge=1, description="silence after which another machine may take over"
+    )
+
+
 class Recipe(Section):
     """A whole recipe."""
 
@@ -182,6 +191,8 @@ class Recipe(Section):
         description="builds to compare with, by name: a workspace, an evaluation's record, or the "
         "folder of a checkpoint, which is then measured too",
     )
+    # Decides no byte of a build, and is nobody's business who reads the manifest.
+    records: RecordsSettings | None = Field(default=None, exclude=True)
     file: str = Field(default="", exclude=True)
 
     @model_validator(mode="after")

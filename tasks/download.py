@@ -6,6 +6,7 @@ from glm_quant.build import BuildSpec, open_build
 from glm_quant.stages.base import StageResult
 from glm_quant.stages.gates import check_targets
 from glm_quant.stages.making import DownloadStage
+from glm_quant.stages.publishing import take_over
 from tasks.retrying import passing
 from tasks.running import run_stage
 
@@ -15,4 +16,5 @@ def download(spec: BuildSpec) -> StageResult:
     """Open the source and check that it is whole: `glm_quant.stages.making.DownloadStage`."""
     build = open_build(spec, afresh=True)
     check_targets(build)
+    take_over(build)
     return run_stage(DownloadStage(build))

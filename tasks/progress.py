@@ -8,7 +8,7 @@ import contextvars
 import logging
 import threading
 import time
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from typing import Any
 from uuid import UUID
@@ -19,7 +19,6 @@ from glm_quant.quantize.convert import Progress, Watcher
 from glm_quant.report import format as say
 from glm_quant.stages.base import Stage
 from glm_quant.stages.making import QuantizeStage
-from glm_quant.status import STAGES
 
 _log = logging.getLogger("glm_quant.progress")
 _SECONDS_BETWEEN_UPDATES = 5.0
@@ -48,8 +47,10 @@ def watch(new: Watcher) -> None:
 class Board:
     """The latest figures of a run, and the thread that shows them."""
 
-    def __init__(self) -> None:
-        self._latest = 0.0, STAGES[0]
+    def __init__(self, stages: Sequence[str]) -> None:
+        """Begin with the first of the stages, which are counted on."""
+        self._stages = stages
+        self._latest = 0.0, stages[0]
         self._begun: tuple[float, float] | None = None
         self._changed = threading.Event()
         self._closing = threading.Event()
@@ -61,7 +62,10 @@ class Board:
 
     def move(self, stage: Stage[Any], share: float) -> None:
         """Note how much of a stage, or of one of its parts, is done."""
-        text = f"{stage.name} ({STAGES.index(stage.name) + 1} of {len(STAGES)} stages)"
+        if stage.name not in self._stages:  # an upload beside the quantizer: no step of its own
+            return
+        number = self._stages.index(stage.name) + 1
+        text = f"{stage.name} ({number} of {len(self._stages)} stages)"
         if isinstance(stage, QuantizeStage):
             share, figures = self._bytes(stage, share)
             text = f"{text}: {figures}"
@@ -119,10 +123,10 @@ _board: Board | None = None
 
 
 @contextmanager
-def shown() -> Generator[None]:
+def shown(stages: Sequence[str]) -> Generator[None]:
     """Show the progress of the stages in the block on the page of the flow run."""
     global _board
-    _board = Board()
+    _board = Board(stages)
     try:
         yield
         _board.finish()
@@ -137,8 +141,6 @@ def shown() -> Generator[None]:
 def progress_of(stage: Stage[Any]) -> Progress:
     """Return a callback for a stage that shows (done, total) to the watcher and in the UI."""
     watcher.begin(stage.name)
-    if stage.name not in STAGES:  # an upload beside the quantizer, say: no step of its own
-        return lambda done, total: watcher.move(stage.name, done, total)
     if _board is not None:
         _board.move(stage, 0.0)
 

@@ -1,7 +1,7 @@
 """What holds for a flow as long as it runs: workspace, results, credentials, logs, progress."""
 
 import logging
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from uuid import UUID
@@ -23,6 +23,7 @@ from prefect.states import Crashed
 
 from glm_quant.build import BuildSpec, claimed, workspace_of
 from glm_quant.errors import GlmQuantError
+from glm_quant.status import STAGES
 from tasks.progress import shown
 from tasks.secrets import load_secrets
 
@@ -30,8 +31,15 @@ _log = logging.getLogger("glm_quant.session")
 
 
 @contextmanager
-def at_work(spec: BuildSpec) -> Generator[None]:
+def at_work(
+    spec: BuildSpec, stages: Sequence[str] = STAGES, shared: bool = False
+) -> Generator[None]:
     """Hold a build's workspace and keep Prefect's results in it while the block runs.
+
+    Args:
+        spec: which build.
+        stages: names of the stages of this flow, in order; progress counts on them.
+        shared: the build's records are those that the recipe keeps in S3, if it does.
 
     Raises:
         OutputError: the workspace holds something else.
@@ -40,7 +48,8 @@ def at_work(spec: BuildSpec) -> Generator[None]:
     # The setting PREFECT_LOGGING_EXTRA_LOGGERS adds a handler, but leaves the level at WARNING.
     logging.getLogger("glm_quant").setLevel(logging.INFO)
     load_secrets()
-    with told(), claimed(spec), results_in(workspace_of(spec).results), shown():
+    results = workspace_of(spec).results
+    with told(), claimed(spec, shared), results_in(results), shown(stages):
         if flow_run.run_count > 1:
             mark_dead_tasks()
         yield

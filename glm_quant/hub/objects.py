@@ -3,6 +3,7 @@
 import base64
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
+from email.utils import parsedate_to_datetime
 from typing import Any
 
 from botocore.exceptions import (
@@ -45,14 +46,17 @@ class Objects:
 
     def put(
         self, key: str, data: bytes, sha256: str, condition: dict[str, str], **kind: str
-    ) -> None:
+    ) -> str:
         """Put a small object that carries its sha256; the server refuses other bytes.
+
+        Returns:
+            Its new ETag.
 
         Raises:
             TakenError: the condition (IfMatch, IfNoneMatch) is not met.
         """
         with self.translated(key):
-            self.client.put_object(
+            answer = self.client.put_object(
                 Bucket=self.bucket,
                 Key=key,
                 Body=data,
@@ -61,6 +65,7 @@ class Objects:
                 **condition,
                 **kind,
             )
+        return str(answer["ETag"])
 
     def keys(self, prefix: str, delimiter: str = "") -> list[str]:
         """Return the keys below a prefix; with a delimiter those directly below."""
@@ -80,6 +85,17 @@ class Objects:
         except AbsentError:
             return None
         return int(answer["ContentLength"]), promised_sha256(answer), str(answer["ETag"])
+
+    def age_seconds(self, key: str) -> float:
+        """Return how long ago an object was written, by the server's own clock.
+
+        Raises:
+            AbsentError: there is none.
+        """
+        with self.translated(key):
+            answer = self.client.head_object(Bucket=self.bucket, Key=key)
+        now = parsedate_to_datetime(answer["ResponseMetadata"]["HTTPHeaders"]["date"])
+        return (now - answer["LastModified"]).total_seconds()
 
     def delete(self, keys: Sequence[str]) -> None:
         """Delete objects; one that is gone already is no error."""

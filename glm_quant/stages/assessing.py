@@ -16,6 +16,8 @@ from glm_quant.quantize.verify import verify
 from glm_quant.stages.base import Stage
 from glm_quant.stages.proving import DivergenceStage, ParityStage
 
+ASSESS_STAGES = ("verify", "parity", "divergence", "evaluate")
+
 
 class AssessSpec(BaseModel):
     """What to judge, against what. Small and plain, so that it can be a Prefect parameter."""

@@ -130,10 +130,40 @@ class UploadStage(Stage[UploadRecord]):
         file = record.outputs[0]
         path = self.build.workspace.checkpoint / file.path
         if path.exists():
-            mark = KeptElsewhere(fingerprint=record.fingerprint, outputs=[file], target=self.target)
-            mark.save(self.build.conversion.elsewhere_path(file.path))
+            _note_elsewhere(self.build, record, self.target)
             path.unlink(missing_ok=True)
             _log.info("%s: every target has it, the local copy was deleted", file.path)
+
+
+def take_over(build: Build) -> None:
+    """Count finished shards that are at a target as kept, where the records came from elsewhere.
+
+    What another machine recorded of a folder speaks of its disk, not of this one.
+    """
+    if build.recipe.records is None:
+        return
+    for i in range(len(build.plan.shards)):
+        record = ShardRecord.load(build.conversion.record_path(i))
+        if record is None or record.fingerprint != build.conversion.fingerprint(i):
+            continue
+        file = record.outputs[0]
+        if build.conversion.is_kept(file):
+            continue
+        for target in build.targets:
+            upload = UploadStage(build, i, target)
+            if is_folder(target):
+                upload.record_path.unlink(missing_ok=True)
+                continue
+            there = upload.current()
+            if there is not None and there.file == file:
+                _note_elsewhere(build, record, target)
+
+
+def _note_elsewhere(build: Build, record: ShardRecord, target: str) -> None:
+    """Record that a finished shard is at a target, so that it need not be here."""
+    file = record.outputs[0]
+    mark = KeptElsewhere(fingerprint=record.fingerprint, outputs=[file], target=target)
+    mark.save(build.conversion.elsewhere_path(file.path))
 
 
 class RestoreRecord(Record):
