@@ -5,13 +5,19 @@
 
 `LATEST` is written last and on condition, so who follows it never sees half a build. An ETag is no
 digest: what is there is judged by the sha256 that each object carries.
+
+A build that was given up leaves shards, or parts of one. Publishing deletes them when the last came
+long ago: another machine may be filling a folder of this prefix, and would do so daily.
 """
 
 import hashlib
 import json
 import logging
+import re
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from datetime import UTC, datetime, timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -33,6 +39,8 @@ T = TypeVar("T")
 
 
 _NAME = r"^builds/[\w-]+$"
+_OURS = re.compile(r"[0-9a-f]{12}")
+_GIVEN_UP_AFTER = timedelta(days=14)
 
 
 class Latest(BaseModel):
@@ -68,6 +76,7 @@ class S3Target:
         client: Any = None,
         patience: Patience | None = None,
         part_bytes: int = PART_BYTES,
+        given_up_after: timedelta = _GIVEN_UP_AFTER,
     ) -> None:
         """Prepare; nothing is asked yet.
 
@@ -80,6 +89,7 @@ class S3Target:
             client: a boto3 S3 client; default: one with time limits, by boto3's own rules.
             patience: how often to try.
             part_bytes: size of a part.
+            given_up_after: so long after its last upload a build that was never published is.
         """
         self._objects = Objects(client or s3_client(), bucket)
         self._root = f"{prefix.strip('/')}/" if prefix.strip("/") else ""
@@ -88,6 +98,7 @@ class S3Target:
         self._keep_previous = keep_previous
         self._patience = patience or Patience()
         self._part_bytes = part_bytes
+        self._given_up_after = given_up_after
         self._multipart = Multipart(self._objects, ledgers, self._patience, part_bytes)
 
     @property
@@ -124,11 +135,12 @@ class S3Target:
         self._ask("write LATEST", lambda: self._point(files))
         if not self._keep_previous:
             self._ask("delete earlier builds", self._delete_earlier)
+        self._sweep()
         return Published(self._name, f"{self.uri}/{self._name}", diff)
 
     def leftovers(self) -> tuple[str, ...]:
-        """Return nothing: other builds of this prefix are left alone until they are replaced."""
-        return ()
+        """Return the folders of builds that were given up."""
+        return self._ask("look for builds that were given up", self._find_leftovers)
 
     def staged(self, cache: Path) -> Source:
         """Return the build's folder."""
@@ -252,6 +264,37 @@ class S3Target:
         latest, _ = self._latest()
         if latest is not None and latest.prefix == self._name and latest.replaces:
             self._objects.delete(self._objects.keys(f"{self._root}{latest.replaces}/"))
+
+    def _sweep(self) -> None:
+        """Delete what given-up builds left. The build is published: a failure is only told."""
+        try:
+            for name in self.leftovers():
+                self._ask(f"delete {name}", partial(self._delete_build, name))
+                _log.info("%s: deleted %s, a build that was given up", self.uri, name)
+        except PublishError as error:
+            _log.warning("%s", error)
+
+    def _find_leftovers(self) -> tuple[str, ...]:
+        """Return builds that were never published, for whose sake nothing came for long."""
+        root = f"{self._root}builds/"
+        last: dict[str, datetime] = {}
+        published: set[str] = set()
+        for key, when in (*self._objects.dated(root), *self._objects.begun(root)):
+            name, _, file = key.removeprefix(root).partition("/")
+            last[name] = max(when, last.get(name, when))
+            if file == MANIFEST_NAME:  # `keep_previous`, or somebody reads it by its own name
+                published.add(name)
+        long_ago = datetime.now(UTC) - self._given_up_after
+        return tuple(
+            f"builds/{name}"
+            for name, when in sorted(last.items())
+            if _OURS.fullmatch(name) and name not in published and when < long_ago
+        )
+
+    def _delete_build(self, name: str) -> None:
+        folder = f"{self._root}{name}/"
+        self._objects.delete(self._objects.keys(folder))
+        self._objects.abort(folder)
 
     def _ask(self, what: str, action: Callable[[], T]) -> T:
         return retry(action, self._patience, f"{self.uri}: {what}", PublishError)

@@ -3,6 +3,7 @@
 import base64
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
+from datetime import datetime
 from email.utils import parsedate_to_datetime
 from typing import Any
 
@@ -74,6 +75,37 @@ class Objects:
                 Bucket=self.bucket, Prefix=prefix, Delimiter=delimiter
             )
             return [str(entry["Key"]) for page in pages for entry in page.get("Contents", ())]
+
+    def dated(self, prefix: str) -> list[tuple[str, datetime]]:
+        """Return the keys below a prefix, each with the time at which it was last written."""
+        with self.translated(""):
+            pages = self.client.get_paginator("list_objects_v2").paginate(
+                Bucket=self.bucket, Prefix=prefix
+            )
+            return [
+                (str(entry["Key"]), entry["LastModified"])
+                for page in pages
+                for entry in page.get("Contents", ())
+            ]
+
+    def begun(self, prefix: str) -> list[tuple[str, datetime]]:
+        """Return the keys of uploads in parts that are not ended, each with its beginning."""
+        return [(str(upload["Key"]), upload["Initiated"]) for upload in self._uploads(prefix)]
+
+    def abort(self, prefix: str) -> None:
+        """End the uploads in parts below a prefix, and so delete their parts."""
+        for upload in self._uploads(prefix):
+            with self.translated(upload["Key"]):
+                self.client.abort_multipart_upload(
+                    Bucket=self.bucket, Key=upload["Key"], UploadId=upload["UploadId"]
+                )
+
+    def _uploads(self, prefix: str) -> list[dict[str, Any]]:
+        with self.translated(""):
+            pages = self.client.get_paginator("list_multipart_uploads").paginate(
+                Bucket=self.bucket, Prefix=prefix
+            )
+            return [upload for page in pages for upload in page.get("Uploads", ())]
 
     def head(self, key: str) -> tuple[int, str | None, str] | None:
         """Return size, sha256 and ETag of an object."""

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -105,6 +106,36 @@ def test_latest_names_a_whole_build(client: Any, bucket: str, build: Path, tmp_p
     }
     assert len(published.diff.added) == len(digests(build))
     assert place.publish(build, digests(build)).diff.is_empty
+
+
+def test_uploads_of_builds_that_were_given_up_are_swept(
+    client: Any, bucket: str, build: Path, tmp_path: Path
+) -> None:
+    """Shards and parts of a build that was never published go, not those of one that was.
+
+    Nor what is younger, which another machine may be sending, nor what has no name of ours.
+    """
+    given_up, half_sent, published = "0" * 12, "1" * 12, "2" * 12
+    target(client, bucket, tmp_path, published).publish(build, digests(build))
+    target(client, bucket, tmp_path, given_up).upload(build, digest_of(build, SMALL_SHARD))
+    root = "models/glm/builds"
+    key = f"{root}/{half_sent}/{SHARD}"
+    upload = client.create_multipart_upload(Bucket=bucket, Key=key)["UploadId"]
+    part = {"PartNumber": 1, "UploadId": upload, "Body": b"x"}
+    client.upload_part(Bucket=bucket, Key=key, **part)
+    client.put_object(Bucket=bucket, Key=f"{root}/not-ours/{SHARD}", Body=b"x")
+    (build / "config.json").write_text("new")
+    assert target(client, bucket, tmp_path, "def").leftovers() == ()
+    target(client, bucket, tmp_path, "def", keep_previous=True).publish(build, digests(build))
+    old: Any = {"given_up_after": timedelta(0), "keep_previous": True}
+    place = target(client, bucket, tmp_path, "def", **old)
+    assert place.leftovers() == (f"builds/{given_up}", f"builds/{half_sent}")
+    place.publish(build, digests(build))
+    assert {name.split("/")[1] for name in keys(client, bucket) if "/" in name} == {
+        *(published, "def", "not-ours")
+    }
+    assert not client.list_multipart_uploads(Bucket=bucket).get("Uploads")
+    assert place.leftovers() == ()
 
 
 def test_a_published_build_is_read_by_its_prefix(
