@@ -17,6 +17,7 @@ import threading
 import time
 from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
+from uuid import UUID
 
 from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.client.schemas.filters import (
@@ -31,6 +32,7 @@ from prefect.client.schemas.objects import FlowRun, State, StateType
 from prefect.states import AwaitingRetry, Crashed
 
 from glm_quant.build import DEFAULT_RESTARTS
+from tasks.dead import mark_dead_tasks
 
 RESTART_TAG = "auto-restart"
 RESTART_MESSAGE = "The run crashed and starts again by itself."
@@ -51,6 +53,7 @@ def mark_dead(pool: str) -> list[str]:
             why = _why_dead(run)
             if why:
                 client.set_flow_run_state(run.id, Crashed(message=why), force=True)
+                mark_dead_tasks(client, run.id)
                 said.append(f"{run.name}: {why}")
     return said
 
@@ -79,6 +82,16 @@ def restart_crashed(pool: str, calm_seconds: float) -> list[str]:
     return names
 
 
+def close_crashed(pool: str, closed: set[UUID]) -> None:
+    """Mark the tasks of crashed runs of the pool, but of those in `closed`, which grows."""
+    with get_client(sync_client=True) as client:
+        for run in _runs(client, pool, [StateType.CRASHED]):
+            if run.state is None or run.state.id in closed or _is_alive(run):
+                continue
+            mark_dead_tasks(client, run.id)
+            closed.add(run.state.id)
+
+
 def automatic_starts(states: Sequence[State]) -> int:
     """Return how often a run started by itself since a person last started it."""
     starts = [s for s in sorted(states, key=lambda s: s.timestamp) if s.is_scheduled()]
@@ -101,8 +114,10 @@ def is_flow_process(pid: int) -> bool:
 
 def _keep_restarting(pool: str) -> None:
     calm_seconds = float(os.environ["GLM_QUANT_RESTART_SECONDS"])
+    closed: set[UUID] = set()
     while True:
         try:
+            close_crashed(pool, closed)
             for name in restart_crashed(pool, calm_seconds):
                 _log.info("%s: %s", name, RESTART_MESSAGE)
         except Exception as error:  # the server is away; the next look may find it

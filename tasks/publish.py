@@ -21,7 +21,7 @@ def _stage(spec: BuildSpec, target: str) -> PublishStage:
 
 @task(
     name="publish",
-    task_run_name="publish-{target}",
+    task_run_name="publish to {target}",
     **on_disk(lambda inputs: _stage(inputs["spec"], inputs["target"])),
     **passing(),
 )

@@ -6,7 +6,7 @@ from glm_quant.build import BuildSpec, open_build
 from glm_quant.stages.base import StageResult
 from glm_quant.stages.making import QuantizeStage
 from tasks.caching import on_disk
-from tasks.naming import shard_name
+from tasks.naming import quantize_name
 from tasks.retrying import passing
 from tasks.running import run_stage
 
@@ -17,7 +17,7 @@ def _stage(spec: BuildSpec, shard: int) -> QuantizeStage:
 
 @task(
     name="quantize",
-    task_run_name=shard_name,
+    task_run_name=quantize_name,
     **on_disk(lambda inputs: _stage(inputs["spec"], inputs["shard"])),
     **passing(),
 )

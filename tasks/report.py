@@ -43,13 +43,18 @@ def report_build(spec: BuildSpec) -> None:
     _show(open_build(spec), _shards, _parity, _divergence, _evaluation, _card)
 
 
-@task(name="report", task_run_name="report", persist_result=False, cache_policy=NO_CACHE)
+@task(
+    name="report",
+    task_run_name="report what was found",
+    persist_result=False,
+    cache_policy=NO_CACHE,
+)
 def report_assessment(spec: BuildSpec) -> None:
     """Show what was found about a finished build."""
     _show(open_build(spec), _source, _assessed_parity, _assessed_divergence, _evaluation)
 
 
-@task(name="report", task_run_name="report", persist_result=False, cache_policy=NO_CACHE)
+@task(name="report", task_run_name="report the links", persist_result=False, cache_policy=NO_CACHE)
 def report_links(spec: BuildSpec) -> None:
     """Show where a build was published."""
     _show(open_build(spec), _published)

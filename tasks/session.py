@@ -8,26 +8,21 @@ from uuid import UUID
 
 from prefect.artifacts import create_markdown_artifact
 from prefect.client.orchestration import get_client
-from prefect.client.schemas.filters import (
-    FlowRunFilter,
-    FlowRunFilterId,
-    TaskRunFilter,
-    TaskRunFilterState,
-    TaskRunFilterStateType,
-)
-from prefect.client.schemas.objects import StateType
 from prefect.context import FlowRunContext
 from prefect.filesystems import LocalFileSystem
 from prefect.runtime import flow_run
-from prefect.states import Crashed
 
 from glm_quant.build import BuildSpec, claimed, workspace_of
 from glm_quant.errors import GlmQuantError
 from glm_quant.status import STAGES
+from tasks.dead import mark_dead_tasks
 from tasks.progress import shown
 from tasks.secrets import load_secrets
 
 _log = logging.getLogger("glm_quant.session")
+_WAY_OUT = (
+    "What is finished is kept. When this is corrected, press Retry: only what is left is done."
+)
 
 
 @contextmanager
@@ -51,22 +46,15 @@ def at_work(
     results = workspace_of(spec).results
     with told(), claimed(spec, shared), results_in(results), shown(stages):
         if flow_run.run_count > 1:
-            mark_dead_tasks()
+            _mark_dead_tasks()
         yield
 
 
-def mark_dead_tasks() -> None:
-    """Mark what an earlier process of this run left `Running`; the page would show it for ever."""
-    of_this_run = FlowRunFilter(id=FlowRunFilterId(any_=[UUID(str(flow_run.id))]))
-    running = TaskRunFilterStateType(any_=[StateType.RUNNING, StateType.PENDING])
+def _mark_dead_tasks() -> None:
+    """Mark what an earlier process of this run left unfinished."""
     try:
         with get_client(sync_client=True) as client:
-            for dead in client.read_task_runs(
-                flow_run_filter=of_this_run,
-                task_run_filter=TaskRunFilter(state=TaskRunFilterState(type=running)),
-            ):
-                died = Crashed(message="The process that worked on it died.")
-                client.set_task_run_state(dead.id, died, force=True)
+            mark_dead_tasks(client, UUID(str(flow_run.id)))
     except Exception as absent:
         _log.warning("tasks of an earlier process stay as they are: %s", absent)
 
@@ -77,7 +65,7 @@ def told() -> Generator[None]:
     try:
         yield
     except (GlmQuantError, TimeoutError) as error:
-        text = f"## {type(error).__name__}\n\n{error}\n\nWhat is finished is kept: press Retry."
+        text = f"## {type(error).__name__}\n\n{error}\n\n{_WAY_OUT}"
         try:
             create_markdown_artifact(text, key="why-it-stopped", description="Why it stopped")
         except Exception as absent:

@@ -3,15 +3,24 @@
 import contextvars
 import logging
 import threading
+from collections.abc import Mapping
 from queue import Queue
 
 from prefect import task
 
 from glm_quant.build import BuildSpec, open_build, shards_of
 from glm_quant.stages.base import StageResult
-from glm_quant.stages.publishing import RestoreStage, UploadStage, early_targets, elsewhere
+from glm_quant.stages.publishing import (
+    RestoreStage,
+    UploadStage,
+    early_targets,
+    elsewhere,
+    is_here,
+    let_go,
+)
 from tasks.caching import on_disk
 from tasks.limits import shard_seconds
+from tasks.naming import restore_name, upload_name
 from tasks.quantize import quantize
 from tasks.retrying import passing
 from tasks.running import run_stage
@@ -21,7 +30,7 @@ _log = logging.getLogger("glm_quant.upload")
 
 @task(
     name="upload",
-    task_run_name="upload-{shard}-{target}",
+    task_run_name=upload_name,
     **on_disk(
         lambda inputs: UploadStage(open_build(inputs["spec"]), inputs["shard"], inputs["target"])
     ),
@@ -33,7 +42,7 @@ def upload(spec: BuildSpec, shard: int, target: str) -> StageResult:
 
 @task(
     name="restore",
-    task_run_name="restore-{shard}",
+    task_run_name=restore_name,
     **on_disk(lambda inputs: RestoreStage(open_build(inputs["spec"]), inputs["shard"])),
     **passing(),
 )
@@ -45,18 +54,20 @@ def restore(spec: BuildSpec, shard: int) -> StageResult:
 class Sender:
     """Brings shards to one target, one after the other, in a thread beside the conversion.
 
-    A target that fails is tried again with each new shard, the oldest first. The thread is a
-    daemon: a run that is stopped need not wait for a network, since uploads resume.
+    A target that fails is tried again with each new shard, the oldest first. What has left the
+    disk by then it gets from publishing, when the build was fetched back. The thread is a daemon: a
+    run that is stopped need not wait for a network, since uploads resume.
     """
 
     def __init__(self, spec: BuildSpec, target: str) -> None:
         """Begin to wait for shards. To be called inside the flow, whose tasks the uploads are."""
         self._spec, self._target = spec, target
         self._left: list[int] = []
+        self._passed_over = 0
         self._looks: Queue[threading.Event | None] = Queue()
         self._looked = threading.Event()
         self._looked.set()
-        self.failed = False
+        self.failed = False  # its last try
         context = contextvars.copy_context()
         threading.Thread(target=context.run, args=(self._work,), daemon=True).start()
 
@@ -77,10 +88,9 @@ class Sender:
         """Wait likewise, and take no more."""
         self._looks.put(None)
         self.wait()
-        if self._left:
-            _log.warning(
-                "%s lacks %d shards; publishing sends them again", self._target, len(self._left)
-            )
+        lacking = len(self._left) + self._passed_over
+        if lacking:
+            _log.warning("%s lacks %d shards; publishing sends them again", self._target, lacking)
 
     def _work(self) -> None:
         while (looked := self._looks.get()) is not None:
@@ -90,35 +100,55 @@ class Sender:
             looked.set()
 
     def _send_left(self) -> None:
-        self.failed = False
-        while self._left and not self.failed:
-            try:
-                state = upload(self._spec, self._left[0], self._target, return_state=True)
-                self.failed = not state.is_completed()
-            except Exception:  # nothing may end this thread: others wait for it
-                _log.exception("%s: the upload could not be begun", self._target)
-                self.failed = True
-            if not self.failed:
-                del self._left[0]
+        while self._left:
+            if self._has_it(self._left[0]) or is_here(open_build(self._spec), self._left[0]):
+                self.failed = not self._is_sent(self._left[0])
+                if self.failed:
+                    return
+            else:
+                self._passed_over += 1
+            del self._left[0]
+
+    def _has_it(self, shard: int) -> bool:
+        return UploadStage(open_build(self._spec), shard, self._target).current() is not None
+
+    def _is_sent(self, shard: int) -> bool:
+        try:
+            return upload(self._spec, shard, self._target, return_state=True).is_completed()
+        except Exception:  # nothing may end this thread: others wait for it
+            _log.exception("%s: the upload could not be begun", self._target)
+            return False
 
 
 def make_shards(spec: BuildSpec) -> list[StageResult]:
     """Make every shard; each is uploaded while the next ones are made.
 
     An upload that fails stops nothing: publishing does it again, and says what is wrong. Where
-    shards leave the disk, a shard waits until the one before has been sent, or its target failed.
+    shards leave the disk, a shard waits until the one before has been sent, or its target failed;
+    it leaves then if another target has it, so that the disk stays small whichever target is away.
     """
     made: list[StageResult] = []
-    senders = [Sender(spec, target) for target in early_targets(open_build(spec))]
+    senders = {target: Sender(spec, target) for target in early_targets(open_build(spec))}
     for shard in shards_of(spec):
         made.append(quantize(spec, shard))
-        for sender in senders:
-            if open_build(spec).lets_go and not sender.failed:
-                sender.wait()
+        if open_build(spec).lets_go:
+            for sender in senders.values():
+                if not sender.failed:
+                    sender.wait()
+            _go_without(spec, senders)
+        for sender in senders.values():
             sender.send(shard)
-    for sender in senders:
+    for sender in senders.values():
         sender.finish()
+    _go_without(spec, senders)
     return made
+
+
+def _go_without(spec: BuildSpec, senders: Mapping[str, Sender]) -> None:
+    """Let go what waits for targets that have failed."""
+    failed = {target for target, sender in senders.items() if sender.failed}
+    if failed:
+        let_go(open_build(spec), shards_of(spec), failed)
 
 
 def restore_shards(spec: BuildSpec) -> list[StageResult]:

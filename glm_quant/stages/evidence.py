@@ -56,7 +56,7 @@ def shard_rows(build: Build) -> Rows:
                 "bytes": say.size(shard.size_bytes),
                 "tensors": f"{len(shard.tensors):,}",
                 "state": "finished" if record else "to do",
-                "sha256": record.outputs[0].sha256 if record else "",
+                "sha256": record.outputs[0].sha256[:16] if record else "",
             }
         )
     return rows

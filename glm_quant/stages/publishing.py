@@ -6,6 +6,7 @@ what needs the whole build later fetches it back.
 """
 
 import logging
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 
 from glm_quant.artifact import FileDigest, Record, copy_atomic, publish_file, require_space
@@ -94,7 +95,7 @@ class UploadStage(Stage[UploadRecord]):
         """Upload, then let the local copy go if the recipe says so and every target has it."""
         result = super().run(progress)
         if self.build.lets_go:
-            self._let_go()
+            let_go(self.build, [self.shard])
         return result
 
     def make(self, progress: Progress) -> UploadRecord:
@@ -121,18 +122,32 @@ class UploadStage(Stage[UploadRecord]):
             raise PublishError(f"{name}: the shard is not finished; run again.")
         return record
 
-    def _let_go(self) -> None:
-        """Delete the local copy once every target has it; a whole build stays as it is."""
-        others = (UploadStage(self.build, self.shard, t) for t in early_targets(self.build))
-        if AssembleStage(self.build).current() or not all(other.current() for other in others):
-            return
-        record = self._finished()
-        file = record.outputs[0]
-        path = self.build.workspace.checkpoint / file.path
-        if path.exists():
-            _note_elsewhere(self.build, record, self.target)
-            path.unlink(missing_ok=True)
-            _log.info("%s: every target has it, the local copy was deleted", file.path)
+
+def is_here(build: Build, shard: int) -> bool:
+    """Whether a shard's file is on this disk."""
+    return (build.workspace.checkpoint / build.plan.shards[shard].name).is_file()
+
+
+def let_go(build: Build, shards: Iterable[int], failed: Collection[str] = ()) -> None:
+    """Delete those of the finished shards that are safe at targets, where the recipe says so.
+
+    That is at every target that has not failed, and at one at least: a target that is away gets
+    them when the build is published, after it was fetched back. A whole build stays as it is.
+    """
+    targets = [target for target in early_targets(build) if target not in failed]
+    if not build.lets_go or not targets or AssembleStage(build).current():
+        return
+    for shard in shards:
+        record = build.conversion.finished(shard) if is_here(build, shard) else None
+        if record and all(UploadStage(build, shard, target).current() for target in targets):
+            file = record.outputs[0]
+            _note_elsewhere(build, record, targets[0])
+            (build.workspace.checkpoint / file.path).unlink(missing_ok=True)
+            _log.info("%s: %s, the local copy was deleted", file.path, _have(targets))
+
+
+def _have(targets: Sequence[str]) -> str:
+    return f"{' and '.join(targets)} {'has' if len(targets) == 1 else 'have'} it"
 
 
 def take_over(build: Build) -> None:

@@ -6,11 +6,11 @@ import time
 from collections.abc import Iterator
 from contextvars import copy_context
 from pathlib import Path
-from uuid import uuid4
+from uuid import UUID, uuid4
 
 import huggingface_hub
 import pytest
-from prefect import flow
+from prefect import flow, task
 from prefect.artifacts import Artifact
 from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.client.schemas.actions import WorkPoolCreate
@@ -19,17 +19,19 @@ from prefect.settings import (
     PREFECT_LOGGING_TO_API_ENABLED,
     temporary_settings,
 )
-from prefect.states import AwaitingRetry, Crashed
+from prefect.states import AwaitingRetry, Crashed, Running
 from prefect.variables import Variable
 
-from flows.keeper import RESTART_TAG, restart_crashed
+from flows.keeper import RESTART_TAG, close_crashed, restart_crashed
 from flows.watch import watch
 from glm_quant.build import BuildSpec, open_build
 from glm_quant.hub.retry import Patience
+from glm_quant.quantize.convert import Progress, ShardRecord
+from glm_quant.stages.making import QuantizeStage
 from glm_quant.stages.publishing import UploadStage
 from glm_quant.testbed import tiny_glm_path
 from tasks.session import at_work
-from tasks.upload import make_shards
+from tasks.upload import make_shards, restore_shards
 from tasks.upstream import Look, Watched, WatchSpec, look, variable_name
 from tests.e2e.conftest import UPSTREAM
 from tests.e2e.service import Server, wait_for
@@ -64,6 +66,8 @@ def place(monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DISABLE_XET", True)
     with HubServer(token=TOKEN) as running:
         monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", running.url)
+        files = f"{running.url}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
+        monkeypatch.setattr(huggingface_hub.constants, "HUGGINGFACE_CO_URL_TEMPLATE", files)
         monkeypatch.setenv("HF_TOKEN", TOKEN)
         for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN"):
             monkeypatch.setenv(name, "")  # no block of another test is loaded into this process
@@ -132,6 +136,44 @@ def test_a_target_that_fails_is_told_and_left_to_publishing(
     assert sent(spec, HERE) == shards
     assert sent(spec, AWAY) == []
     assert f"{AWAY} lacks {len(shards)} shards; publishing sends them again" in caplog.text
+
+
+def test_shards_leave_the_disk_though_a_target_is_away(
+    place: HubServer, spec: BuildSpec, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What one target has need not wait here for another; that one gets it when it is back."""
+    give_up_after(monkeypatch, 2)
+    place.fault(Fault("status", "org/away", times=1_000_000))
+    recipe = Path(spec.recipe)
+    recipe.write_text(f"{recipe.read_text()}  keep_local: false\n")
+    here = Path(spec.workspace) / "checkpoint"
+    seen: list[int] = []
+
+    @flow(name="send and restore")
+    def send_and_restore(spec: BuildSpec) -> None:
+        with at_work(spec):
+            ordinary = QuantizeStage.make
+
+            def make(self: QuantizeStage, progress: Progress) -> ShardRecord:
+                seen.append(len(list(here.glob("*.safetensors"))))
+                return ordinary(self, progress)
+
+            monkeypatch.setattr(QuantizeStage, "make", make)
+            make_shards(spec)
+            assert not list(here.glob("*.safetensors"))
+            restore_shards(spec)
+
+    send_and_restore(spec)
+    build = open_build(spec)
+    shards = list(range(len(build.plan.shards)))
+    assert len(seen) == len(shards) > 3
+    assert max(seen) <= 2, "the one that is uploaded, and the one before"
+    assert sent(spec, HERE) == shards
+    place.faults.clear()
+    for i in shards:
+        build.conversion.finished(i).outputs[0].check(here)
+        UploadStage(build, i, AWAY).run(lambda *_: None)
+    assert sent(spec, AWAY) == shards
 
 
 def watched(monkeypatch: pytest.MonkeyPatch) -> WatchSpec:
@@ -226,3 +268,22 @@ def test_restarts_have_an_end_that_a_person_moves() -> None:
         assert [crash_and_look() for _ in range(4)] == [1, 1, 0, 0]
         client.set_flow_run_state(run, Crashed(), force=True)
         assert restart_crashed(pool, calm_seconds=60) == []
+
+
+def test_the_page_of_a_dead_run_shows_nothing_running() -> None:
+    """Tasks that its process left are marked at the next look, and looked for once a crash."""
+    pool = f"pool {uuid4()}"
+
+    @task(name="left")
+    def left() -> None: ...
+
+    with get_client(sync_client=True) as client:
+        run = UUID(run_in(client, pool, restarts=0))
+        begun = client.create_task_run(left, run, dynamic_key="0", state=Running()).id
+        closed: set[UUID] = set()
+        close_crashed(pool, closed)
+        assert client.read_task_run(begun).state_name == "Running", "its run has not crashed"
+        client.set_flow_run_state(run, Crashed(), force=True)
+        close_crashed(pool, closed)
+        assert client.read_task_run(begun).state_name == "Crashed"
+        assert len(closed) == 1
