@@ -71,7 +71,8 @@ def _show(build: Build, *parts: Show) -> None:
 def _source(build: Build) -> None:
     page = evidence.web_page(build.checkpoint.source.uri)
     if page:
-        create_link_artifact(page, link_text=page, key="source", description="Made from")
+        said = f"Made from {build.checkpoint.source.uri}"
+        create_link_artifact(page, link_text=page, key="source", description=said)
 
 
 def _plan(build: Build) -> None:

@@ -67,7 +67,7 @@ def told() -> Generator[None]:
     except (GlmQuantError, TimeoutError) as error:
         text = f"## {type(error).__name__}\n\n{error}\n\n{_WAY_OUT}"
         try:
-            create_markdown_artifact(text, key="why-it-stopped", description="Why it stopped")
+            create_markdown_artifact(text, key="why-it-stopped", description=str(error))
         except Exception as absent:
             _log.warning("the run's page lacks why it stopped: %s", absent)
         raise

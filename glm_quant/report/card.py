@@ -16,14 +16,19 @@ from huggingface_hub import ModelCard
 from jinja2 import Environment, StrictUndefined
 
 from glm_quant.artifact import write_atomic
-from glm_quant.errors import CardError
 from glm_quant.evaluation.divergence_record import DivergenceRecord, Estimate
 from glm_quant.evaluation.records import Comparison, EvaluationRecord, Measurements
 from glm_quant.report import benchmarks, charts
 from glm_quant.report import format as say
 from glm_quant.report.correctness import ParityRow, parity_value
 from glm_quant.report.front_matter import front_matter
-from glm_quant.report.inputs import BuildFacts, CardInputs, PlanFacts, SourceFacts
+from glm_quant.report.inputs import (
+    BuildFacts,
+    CardInputs,
+    PlanFacts,
+    SourceFacts,
+    missing_record,
+)
 from glm_quant.report.memory import (
     active_params,
     machine_bytes,
@@ -181,14 +186,6 @@ def _losses(
         return []
     own = next(iter(found.values())).value
     return [("this build", facts.measured.load.mlx_bytes, own), *others]
-
-
-def missing_record(build: str, stage: str) -> CardError:
-    """Return the refusal to tell of a build without the record of a stage."""
-    return CardError(
-        f"{build}: the card needs the record of stage {stage!r}, which is missing. Run the "
-        "flow again: it does what is left, and the card states nothing that was not measured."
-    )
 
 
 def escape(text: str) -> str:

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from glm_quant.errors import CardError
 from glm_quant.evaluation.divergence_record import DivergenceRecord
 from glm_quant.evaluation.records import EvaluationRecord
 from glm_quant.model.geometry import Geometry
@@ -75,3 +76,11 @@ class CardInputs:
     def name(self) -> str:
         """The build's name on the Hub, without the organisation."""
         return (self.recipe.publish.name or self.recipe.name).rpartition("/")[2]
+
+
+def missing_record(build: str, stage: str) -> CardError:
+    """Return the refusal to tell of a build without the record of a stage."""
+    return CardError(
+        f"{build}: the card needs the record of stage {stage!r}, which is missing. Run the "
+        "flow again: it does what is left, and the card states nothing that was not measured."
+    )

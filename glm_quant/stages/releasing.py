@@ -18,15 +18,14 @@ from glm_quant.fingerprint import Canonical, fingerprint
 from glm_quant.model.geometry import Geometry
 from glm_quant.quantize.convert import Progress
 from glm_quant.recipe import Recipe
-from glm_quant.report.card import (
+from glm_quant.report.correctness import layer_errors, parity_rows
+from glm_quant.report.inputs import (
     BuildFacts,
     CardInputs,
     PlanFacts,
     SourceFacts,
     missing_record,
-    write_card,
 )
-from glm_quant.report.correctness import layer_errors, parity_rows
 from glm_quant.stages.base import Stage
 from glm_quant.stages.making import (
     AssembleStage,
@@ -72,6 +71,8 @@ class CardStage(Stage[CardRecord]):
         Raises:
             CardError: a record is missing.
         """
+        from glm_quant.report.card import write_card  # matplotlib, which takes a second
+
         written = write_card(card_inputs(self.build.workspace), self.root)
         progress(1, 1)
         return _record(self.fingerprint(), self.root, written)
@@ -91,6 +92,8 @@ def render_again(workspace: Workspace) -> CardRecord:
         CardError: a record is missing; it is named.
         IntegrityError: config or manifest are not those of the build.
     """
+    from glm_quant.report.card import write_card
+
     with workspace.locked():
         records = _Records.read(workspace)
         inputs = records.inputs(workspace)

@@ -2,6 +2,8 @@
 
 import re
 import shutil
+import subprocess
+import sys
 from importlib.resources import files
 from pathlib import Path
 
@@ -219,3 +221,9 @@ def test_the_template_itself_has_no_numbers() -> None:
     )
     found = numbers(re.sub(r"```.*?```", "", words, flags=re.DOTALL))
     assert set(found) <= CONSTANTS.keys(), set(found) - CONSTANTS.keys()
+
+
+def test_a_run_whose_card_is_there_does_without_matplotlib() -> None:
+    """Its import takes a second, which a run that draws nothing should not pay."""
+    code = "import sys, flows.release, flows.assess; sys.exit('matplotlib' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
