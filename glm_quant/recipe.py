@@ -146,8 +146,8 @@ class PublishSettings(Section):
     private: bool = Field(default=False, description="create the repository for its owner only")
     keep_local: bool = Field(
         default=True,
-        description="false: a shard goes from this disk when every target has it; parity and "
-        "evaluation fetch the build back",
+        description="false: a shard goes from this disk when every target that answers has it; "
+        "parity and evaluation fetch the build back",
     )
     keep_previous: bool = Field(
         default=False, description="leave earlier builds in an S3 bucket where they are"

@@ -133,7 +133,7 @@ def _card(build: Build) -> None:
 def _published(build: Build) -> None:
     for target in build.targets:
         record = PublishStage(build, target).current()
-        if record and record.url.startswith("https://"):
+        if record and record.url.startswith(("https://", "http://")):
             key = "published-" + re.sub(r"[^a-z0-9]+", "-", target.lower()).strip("-")
             said = f"{target}: {record.change}"
             create_link_artifact(record.url, link_text=record.url, key=key, description=said)

@@ -103,6 +103,7 @@ class SharedRecords:
         self._etag = ""
         self._was_ours: bool | None = None  # whether this workspace was the last to hold the lease
         self._taken_by: str | None = None
+        self._failing = False
         self._there: dict[str, str] = {}  # sha256 of each record as it stands in the bucket
         self._closing = threading.Event()
         self._thread = threading.Thread(target=self._work, name="records", daemon=True)
@@ -258,7 +259,11 @@ class SharedRecords:
         try:
             action()
         except Exception as error:  # nothing of this may end the thread
-            _log.warning("%s: the records were not copied: %s", self._uri, error)
+            if not self._failing:
+                _log.warning("%s: the records are not copied for now: %s", self._uri, error)
+            self._failing = True
+        else:
+            self._failing = False
 
     def _ask(self, what: str, action: Callable[[], T]) -> T:
         try:

@@ -195,6 +195,7 @@ def test_the_page_of_a_run_tells_what_it_did(service: Service, survivor: Build) 
     found = service.artifacts(survivor.run)
     tables = {"components", "shards", "parity", "divergence", "evaluation"}
     assert {"progress", "source", "card"} | tables <= set(found)
+    assert f"/{TARGET}/tree/" in found["published-hf-team-survivor"]["data"]
     assert found["progress"]["data"] == 100
     assert "data:image/png;base64," in found["card"]["data"]
     assert "quantize 9 of 9" in service.task_states(survivor.run)
