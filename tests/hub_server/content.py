@@ -7,9 +7,10 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 _BLOCK = 1 << 20
-_LFS_ENDINGS = (".safetensors", ".bin", ".png", "tokenizer.json")
+_LFS_ENDINGS = (".safetensors", ".bin", ".png", ".parquet", "tokenizer.json")
 
 # Yields the bytes from `begin` to `end`, in pieces.
 Reader = Callable[[int, int], Iterator[bytes]]
@@ -104,3 +105,27 @@ class Repo:
         """Return the commit that a branch or a commit names."""
         commit = self.branches.get(revision, revision)
         return commit if commit in self.commits else None
+
+
+def direct_entries(files: dict[str, Content], inside: str) -> list[dict[str, Any]]:
+    """Return a folder's own files and folders."""
+    names = dict.fromkeys(path.removeprefix(inside).partition("/")[0] for path in files)
+    return [
+        tree_entry(inside + name, files[inside + name])
+        if inside + name in files
+        else {"type": "directory", "path": inside + name, "size": 0, "oid": "0" * 40}
+        for name in names
+    ]
+
+
+def tree_entry(path: str, content: Content) -> dict[str, Any]:
+    """Return what the tree says of a file."""
+    said: dict[str, Any] = {
+        "type": "file",
+        "path": path,
+        "size": content.size,
+        "oid": content.git_oid,
+    }
+    if is_lfs(path):
+        said["lfs"] = {"oid": content.sha256, "size": content.size, "pointerSize": 130}
+    return said

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, quote, unquote, urlsplit
 
-from tests.hub_server.content import Content, Repo, is_lfs
+from tests.hub_server.content import Content, Repo, direct_entries, is_lfs, tree_entry
 from tests.hub_server.faults import Fault, Faults, Request
 from tests.hub_server.uploads import Uploads
 
@@ -168,12 +168,12 @@ class _Handler(Uploads, BaseHTTPRequestHandler):
             return self._json(self._fault.status, {"error": "on order"}, self._fault.headers)
         routes = {
             r"/api/models": self._models,
-            rf"/api/models/{_REPO}(?:/revision/(.+))?": self._info,
+            rf"/api/(?:models|datasets)/{_REPO}(?:/revision/(.+))?": self._info,
             rf"/api/models/{_REPO}/refs": self._refs,
             rf"/api/models/{_REPO}/commits/(.+)": self._commits,
-            rf"/api/models/{_REPO}/tree/([^/]+)": self._tree,
+            rf"/api/(?:models|datasets)/{_REPO}/tree/([^/]+)(?:/(.+))?": self._tree,
             rf"/api/models/{_REPO}/xet-read-token/(.+)": self._xet_token,
-            rf"/{_REPO}/resolve/([^/]+)/(.+)": self._resolve,
+            rf"/(?:datasets/)?{_REPO}/resolve/([^/]+)/(.+)": self._resolve,
             r"/cdn/([0-9a-f]{64})": self._cdn,
         }
         if self.command in ("POST", "PUT", "DELETE"):
@@ -216,8 +216,6 @@ class _Handler(Uploads, BaseHTTPRequestHandler):
             },
         )
 
-    tree_entry = staticmethod(lambda path, content: _tree_entry(path, content))
-
     def _refs(self, name: str) -> None:
         if self._find(name, "main"):
             branches = [
@@ -235,11 +233,15 @@ class _Handler(Uploads, BaseHTTPRequestHandler):
             said = {"title": title, "message": "", "date": date, "authors": []}
             self._json(200, [{"id": found[0], **said}])
 
-    def _tree(self, name: str, revision: str) -> None:
+    def _tree(self, name: str, revision: str, folder: str | None = None) -> None:
         found = self._find(name, revision)
         if found is None:
             return
-        entries = [_tree_entry(path, content) for path, content in sorted(found[1].items())]
+        inside = f"{folder}/" if folder else ""
+        files = {p: c for p, c in sorted(found[1].items()) if p.startswith(inside)}
+        entries = [tree_entry(path, content) for path, content in files.items()]
+        if self._query.get("recursive") == ["false"]:
+            entries = direct_entries(files, inside)
         begin = int(self._query.get("cursor", ["0"])[0])
         end = begin + self.server.page
         more = f"{self.server.url}{quote(self._asked.path)}?recursive=true&cursor={end}"
@@ -376,17 +378,4 @@ def _blob(path: str, content: Content) -> dict[str, Any]:
     said: dict[str, Any] = {"size": content.size, "blobId": content.git_oid}
     if is_lfs(path):
         said["lfs"] = {"sha256": content.sha256, "size": content.size, "pointerSize": 130}
-    return said
-
-
-def _tree_entry(path: str, content: Content) -> dict[str, Any]:
-    """Return what the tree says of a file."""
-    said: dict[str, Any] = {
-        "type": "file",
-        "path": path,
-        "size": content.size,
-        "oid": content.git_oid,
-    }
-    if is_lfs(path):
-        said["lfs"] = {"oid": content.sha256, "size": content.size, "pointerSize": 130}
     return said

@@ -11,7 +11,7 @@ import json
 from typing import Any
 from urllib.parse import parse_qs, quote
 
-from tests.hub_server.content import Content, Repo, is_lfs
+from tests.hub_server.content import Content, Repo, is_lfs, tree_entry
 
 _REPO = r"([\w.-]+/[\w.-]+)"
 
@@ -32,7 +32,7 @@ class Uploads:
             r"/api/repos/create": self._create_repo,
             r"/api/validate-yaml": lambda: self._json(200, {"errors": [], "warnings": []}),
             rf"/api/models/{_REPO}/branch/(.+)": self._create_branch,
-            rf"/api/models/{_REPO}/paths-info/(.+)": self._paths_info,
+            rf"/api/(?:models|datasets)/{_REPO}/paths-info/(.+)": self._paths_info,
             rf"/api/models/{_REPO}/preupload/(.+)": self._preupload,
             rf"/api/models/{_REPO}/commit/(.+)": self._commit,
             rf"/{_REPO}\.git/info/lfs/objects/batch": self._batch,
@@ -112,7 +112,7 @@ class Uploads:
         if found is not None:
             wanted = parse_qs(self._sent.decode()).get("paths", [])
             files = {path: found[1][path] for path in wanted if path in found[1]}
-            self._json(200, [self.tree_entry(path, content) for path, content in files.items()])
+            self._json(200, [tree_entry(path, content) for path, content in files.items()])
 
     def _preupload(self, name: str, revision: str) -> None:
         if self._writable(name) is None or (found := self._find(name, revision)) is None:

@@ -21,6 +21,8 @@ from glm_quant.recipe import load_recipe
 from glm_quant.settings import EvaluationSettings, HarnessSettings, PeerPerplexitySettings
 from glm_quant.testbed import held_out_text, tiny_glm_path
 from tests.conftest import with_quantizer
+from tests.hub_server import HubServer
+from tests.hub_server.content import Content
 
 pytest.importorskip("lm_eval")
 
@@ -187,6 +189,75 @@ def test_tasks_are_those_of_the_command(
     metrics = {task.task: task.metric for task in found.tasks}
     assert metrics == {"hellaswag": "acc_norm", "piqa": "acc", "winogrande": "acc"}
     assert found.chat_template  # as the command: the build has one
+
+
+# Repositories and files of the data sets that the recipes name, as the Hub has them.
+ON_THE_HUB = {
+    "chats/train": ("allenai/tulu-3-sft-mixture", "data/train-00000-of-00001.parquet"),
+    "hellaswag": ("Rowan/hellaswag", "data/validation-00000-of-00001.parquet"),
+    "piqa": ("baber/piqa", "data/validation-00000-of-00001.parquet"),
+    "winogrande": ("allenai/winogrande", "winogrande_xl/validation-00000-of-00001.parquet"),
+}
+CONFIGS = """\
+---
+configs:
+- config_name: winogrande_xl
+  data_files:
+  - {split: validation, path: winogrande_xl/validation-*}
+  - {split: train, path: winogrande_xl/validation-*}
+---
+"""
+
+
+def test_data_sets_come_from_the_hub_by_default(
+    record: EvaluationRecord,
+    build: Path,
+    data: Path,
+    settings: EvaluationSettings,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The recipes' own data sets by the real clients, at a Hub: what files of the rows give."""
+    import pyarrow
+    from pyarrow import parquet
+
+    with HubServer() as hub:
+        for name, (repo, path) in ON_THE_HUB.items():
+            rows = [json.loads(line) for line in (data / f"{name}.jsonl").read_text().splitlines()]
+            file = tmp_path / f"{Path(name).name}.parquet"
+            parquet.write_table(pyarrow.Table.from_pylist(rows), file)
+            files = {path: Content.of(file), "data/train-00000-of-00001.parquet": Content.of(file)}
+            if name == "winogrande":
+                files = {path: Content.of(file), "README.md": Content.of_bytes(CONFIGS.encode())}
+            hub.add_commit(repo, files)
+        monkeypatch.setenv("HF_ENDPOINT", hub.url)
+        monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
+        monkeypatch.setenv("HF_HUB_DISABLE_XET", "1")
+        assert settings.peer_perplexity is not None
+        assert settings.harness is not None
+        found = evaluate(
+            build,
+            settings.model_copy(
+                update={
+                    "peer_perplexity": settings.peer_perplexity.model_copy(update={"file": None}),
+                    "harness": settings.harness.model_copy(update={"files": {}}),
+                }
+            ),
+        )
+        asked = hub.requests(r"^/datasets/.*\.parquet$")
+        fetched = {request.path.split("/resolve/")[0] for request in asked}
+    assert fetched == {f"/datasets/{repo}" for repo, _ in ON_THE_HUB.values()}
+    peer, own = found.measurements.peer_perplexity, record.measurements.peer_perplexity
+    assert peer is not None
+    assert own is not None
+    assert (peer.dataset, peer.dataset_sha256) == ("allenai/tulu-3-sft-mixture", None)
+    assert (peer.value, peer.sequence_nll) == (own.value, own.sequence_nll)
+    tasks, locally = found.measurements.harness, record.measurements.harness
+    assert tasks is not None
+    assert locally is not None
+    for task, local in zip(tasks.tasks, locally.tasks, strict=True):
+        assert (task.dataset, task.dataset_sha256) == (ON_THE_HUB[task.task][0], None)
+        assert (task.scores, task.items) == (local.scores, local.items)
 
 
 def test_too_short_a_dataset_is_named(build: Path, data: Path) -> None:
