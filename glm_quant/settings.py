@@ -108,6 +108,15 @@ class PeerPerplexitySettings(Section):
     batch_size: int = Field(default=8, ge=1)
 
 
+class TextDatasetSettings(Section):
+    """A text on the Hub: the rows of one column, with an empty line between them."""
+
+    path: str = Field(default="Salesforce/wikitext", description="a dataset of the Hub")
+    config: str = "wikitext-2-raw-v1"
+    split: str = "test"
+    column: str = "text"
+
+
 class HarnessSettings(Section):
     """`mlx_lm.evaluate`: tasks of lm-evaluation-harness, under the command's names."""
 
@@ -158,6 +167,9 @@ class EvaluationSettings(Section):
     perplexity_texts: dict[str, str] = Field(
         default={}, description="further text files by name, such as wikitext or code"
     )
+    perplexity_datasets: dict[str, TextDatasetSettings] = Field(
+        default={}, description="texts on the Hub by name; `{wikitext: {}}` is WikiText-2's test"
+    )
     perplexity_tokens: int = Field(
         default=4096, ge=64, description="at most so many tokens of each text, from its beginning"
     )
@@ -182,7 +194,8 @@ class EvaluationSettings(Section):
 
     def measures(self) -> list[str]:
         """Return the names of the figures that bounds may be on."""
-        names = ["perplexity", *(f"perplexity/{name}" for name in self.perplexity_texts)]
+        texts = [*self.perplexity_texts, *self.perplexity_datasets]
+        names = ["perplexity", *(f"perplexity/{name}" for name in texts)]
         names += ["needle"] if self.needle_lengths else []
         names += ["peer_perplexity"] if self.peer_perplexity else []
         names += [f"harness/{task}" for task in self.harness.tasks] if self.harness else []
@@ -197,10 +210,16 @@ class EvaluationSettings(Section):
 
     @model_validator(mode="after")
     def _names_are_plain(self) -> Self:
-        for name in self.perplexity_texts:
+        for name in self.perplexity_datasets:
+            if name in self.perplexity_texts:
+                raise ValueError(
+                    f"perplexity_datasets and perplexity_texts both have {name!r}; name one "
+                    "otherwise"
+                )
+        for name in (*self.perplexity_texts, *self.perplexity_datasets):
             if not re.fullmatch(r"[\w.-]+", name):
                 raise ValueError(
-                    f"perplexity_texts: {name!r} is no plain name (letters, digits, .-_)"
+                    f"a text for perplexity: {name!r} is no plain name (letters, digits, .-_)"
                 )
         return self
 

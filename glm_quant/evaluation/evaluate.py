@@ -117,6 +117,8 @@ def require_measurable(
     _opened(baselines)
     if settings.harness:
         require_package("lm_eval", "evaluation.harness")
+    if settings.perplexity_datasets:
+        require_package("datasets", "evaluation.perplexity_datasets")
     if settings.peer_perplexity and not settings.peer_perplexity.file:
         require_package("datasets", "evaluation.peer_perplexity, of a dataset of the Hub")
 

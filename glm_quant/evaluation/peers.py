@@ -20,7 +20,7 @@ from glm_quant.artifact import sha256_file
 from glm_quant.errors import EvaluationError
 from glm_quant.evaluation.data_files import data_file
 from glm_quant.evaluation.peer_records import PeerPerplexity
-from glm_quant.settings import PeerPerplexitySettings
+from glm_quant.settings import PeerPerplexitySettings, TextDatasetSettings
 
 
 def measure_peer_perplexity(
@@ -87,6 +87,24 @@ def load_sequences(tokenizer: Any, settings: PeerPerplexitySettings) -> mx.array
         raise EvaluationError(
             f"{where}: the dataset of peer_perplexity cannot be read ({error}). Without a network, "
             "name a file of JSON lines in its schema as peer_perplexity.file."
+        ) from error
+
+
+def load_text(settings: TextDatasetSettings) -> str:
+    """Return a text of the Hub: its rows with an empty line between them.
+
+    Raises:
+        EvaluationError: it cannot be read.
+    """
+    from datasets import load_dataset
+
+    try:
+        rows: Any = load_dataset(settings.path, settings.config, split=settings.split)
+        return "\n\n".join(rows[settings.column])
+    except (OSError, ValueError, KeyError) as error:  # datasets' own errors are of these
+        raise EvaluationError(
+            f"{settings.path}: the text of perplexity_datasets cannot be read ({error}). Without a "
+            "network, name a text file in perplexity_texts."
         ) from error
 
 

@@ -58,7 +58,7 @@ def measure(request: Request, progress: Callable[[int, int], None]) -> Measureme
     begin = time.perf_counter()
     settings = request.settings
     model, tokenizer, load = load_build(request.checkpoint)
-    texts = {request.text_name: request.text, **request.texts}
+    texts = {request.text_name: request.text, **request.texts, **_texts_of_the_hub(settings)}
     tokens = {name: _tokens(tokenizer, name, text, settings) for name, text in texts.items()}
     arithmetic = choose_arithmetic(model)
     scored = {name: ids[: settings.perplexity_tokens] for name, ids in tokens.items()}
@@ -124,9 +124,7 @@ def _peers(
 ) -> tuple[PeerPerplexity | None, Harness | None]:
     """Measure by the peers' own code; imported here, since few recipes ask for it."""
     perplexity = harness = None
-    # `__main__` shut torch out; datasets imports torch where it finds its name in sys.modules.
-    if "torch" in sys.modules and cast("Any", sys.modules["torch"]) is None:
-        del sys.modules["torch"]
+    _forget_torch()
     if settings.peer_perplexity:
         from glm_quant.evaluation.peers import measure_peer_perplexity
 
@@ -137,6 +135,21 @@ def _peers(
         harness = measure_harness(model, tokenizer, settings.harness)
         tick(_harness_work(settings))
     return perplexity, harness
+
+
+def _texts_of_the_hub(settings: EvaluationSettings) -> dict[str, str]:
+    if not settings.perplexity_datasets:
+        return {}
+    _forget_torch()
+    from glm_quant.evaluation.peers import load_text
+
+    return {name: load_text(each) for name, each in settings.perplexity_datasets.items()}
+
+
+def _forget_torch() -> None:
+    # `__main__` shut torch out; datasets imports torch where it finds its name in sys.modules.
+    if "torch" in sys.modules and cast("Any", sys.modules["torch"]) is None:
+        del sys.modules["torch"]
 
 
 def _versions() -> dict[str, str]:

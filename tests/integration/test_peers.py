@@ -16,9 +16,15 @@ from glm_quant.evaluation import harness as our_harness
 from glm_quant.evaluation.evaluate import evaluate, require_measurable
 from glm_quant.evaluation.harness import write_task
 from glm_quant.evaluation.peers import measure_peer_perplexity
+from glm_quant.evaluation.perplexity import digest_text
 from glm_quant.evaluation.records import EvaluationRecord
 from glm_quant.recipe import load_recipe
-from glm_quant.settings import EvaluationSettings, HarnessSettings, PeerPerplexitySettings
+from glm_quant.settings import (
+    EvaluationSettings,
+    HarnessSettings,
+    PeerPerplexitySettings,
+    TextDatasetSettings,
+)
 from glm_quant.testbed import held_out_text, tiny_glm_path
 from tests.conftest import with_quantizer
 from tests.hub_server import HubServer
@@ -209,6 +215,16 @@ configs:
 """
 
 
+WIKITEXT = "Salesforce/wikitext"
+WIKITEXT_CONFIGS = """\
+---
+configs:
+- config_name: wikitext-2-raw-v1
+  data_files: [{split: test, path: wikitext-2-raw-v1/test-*}]
+---
+"""
+
+
 def test_data_sets_come_from_the_hub_by_default(
     record: EvaluationRecord,
     build: Path,
@@ -221,6 +237,7 @@ def test_data_sets_come_from_the_hub_by_default(
     import pyarrow
     from pyarrow import parquet
 
+    lines = held_out_text().splitlines()[:99]
     with HubServer() as hub:
         for name, (repo, path) in ON_THE_HUB.items():
             rows = [json.loads(line) for line in (data / f"{name}.jsonl").read_text().splitlines()]
@@ -230,6 +247,10 @@ def test_data_sets_come_from_the_hub_by_default(
             if name == "winogrande":
                 files = {path: Content.of(file), "README.md": Content.of_bytes(CONFIGS.encode())}
             hub.add_commit(repo, files)
+        file = tmp_path / "wikitext.parquet"
+        parquet.write_table(pyarrow.table({"text": lines}), file)
+        files = {"wikitext-2-raw-v1/test-00000-of-00001.parquet": Content.of(file)}
+        hub.add_commit(WIKITEXT, files | {"README.md": Content.of_bytes(WIKITEXT_CONFIGS.encode())})
         monkeypatch.setenv("HF_ENDPOINT", hub.url)
         monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
         monkeypatch.setenv("HF_HUB_DISABLE_XET", "1")
@@ -239,6 +260,7 @@ def test_data_sets_come_from_the_hub_by_default(
             build,
             settings.model_copy(
                 update={
+                    "perplexity_datasets": {"wikitext": TextDatasetSettings()},
                     "peer_perplexity": settings.peer_perplexity.model_copy(update={"file": None}),
                     "harness": settings.harness.model_copy(update={"files": {}}),
                 }
@@ -246,7 +268,11 @@ def test_data_sets_come_from_the_hub_by_default(
         )
         asked = hub.requests(r"^/datasets/.*\.parquet$")
         fetched = {request.path.split("/resolve/")[0] for request in asked}
-    assert fetched == {f"/datasets/{repo}" for repo, _ in ON_THE_HUB.values()}
+    repos = {repo for repo, _ in ON_THE_HUB.values()} | {WIKITEXT}
+    assert fetched == {f"/datasets/{repo}" for repo in repos}
+    code, wikitext = found.measurements.perplexity
+    assert code == record.measurements.perplexity[0]
+    assert (wikitext.text, wikitext.text_sha256) == ("wikitext", digest_text("\n\n".join(lines)))
     peer, own = found.measurements.peer_perplexity, record.measurements.peer_perplexity
     assert peer is not None
     assert own is not None
