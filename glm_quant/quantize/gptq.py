@@ -3,8 +3,8 @@
 A layer's output error is (w - ŵ)·H·(w - ŵ)ᵀ with H = E[x xᵀ] of its inputs, not a sum over columns:
 what rounding one weight adds, the columns after it can take away again, as far as their inputs move
 together (GPTQ, arXiv:2210.17323). Columns are taken in order. Each group gets scale and bias from
-`search` on the weights as they are by then; each column's nearest code is chosen, and its error is
-spread over the columns to the right:
+`search` on the weights as they are by then, refined by what the output loses (`gptq_group`); each
+column's nearest code is chosen, and its error is spread over the columns to the right:
 
     eⱼ = (wⱼ - ŵⱼ) / Uⱼⱼ        wₖ ← wₖ - eⱼ·Uⱼₖ  for k > j
 
@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 
 from glm_quant.compiled import compiled
 from glm_quant.quantize.affine import Bits, from_float32, recoder, to_float32
+from glm_quant.quantize.gptq_group import Group
 from glm_quant.quantize.search import quantize_search
 
 # Rows that go through all columns together: each tile of U is fetched once for all of them.
@@ -69,12 +70,11 @@ def quantize_gptq(
             now = from_float32(np.ascontiguousarray(left[:, columns]), dtype)
             loud = None if own is None else np.ascontiguousarray(own[:, columns])
             _, s, b = quantize_search(now, dtype, bits, group_size, loud)
-            scales[part, group], biases[part, group] = s[:, 0], b[:, 0]
-            grid = to_float32(s[:, 0], dtype), to_float32(b[:, 0], dtype)
-            turned = np.ascontiguousarray(left[:, columns].T)
-            chosen, errors = np.empty_like(turned), np.empty_like(turned)
-            _choose(turned, grid, n, factor[columns, columns], chosen, errors)
-            codes[part, columns] = chosen.T
+            made = Group(left[:, columns], factor[columns, columns], n)
+            grid = made.refine((to_float32(s[:, 0], dtype), to_float32(b[:, 0], dtype)), dtype)
+            errors = made.choose(grid)
+            scales[part, group], biases[part, group] = (from_float32(v, dtype) for v in grid)
+            codes[part, columns] = made.codes.T
             _spread(left, columns.stop, errors, factor[columns])
     return _packed(codes, bits, group_size), scales, biases
 
@@ -88,35 +88,6 @@ def _packed(codes: NDArray[np.float32], bits: int, group_size: int) -> NDArray[n
     every = np.ones(groups, np.bool_)
     recoder(bits)(codes.reshape(-1), ones, zeros, every, words.reshape(-1))
     return words
-
-
-@compiled
-def _choose(
-    left: Any, grid: Any, n: Any, factor: Any, codes: Any, errors: Any
-) -> None:  # pragma: no cover - compiled
-    """Choose the codes of a group, [columns, rows]: rows lie side by side, one a lane.
-
-    Args:
-        left: what is left of the weights; used up.
-        grid: scale and bias of each row.
-        n: the largest code.
-        factor: U among the group's columns.
-        codes: to fill.
-        errors: to fill with what `_spread` spreads.
-    """
-    scales, biases = grid
-    zero = np.float32(0)
-    for j in range(left.shape[0]):
-        w, q, e, u = left[j], codes[j], errors[j], factor[j]
-        for row in range(w.size):
-            s, b = scales[row], biases[row]
-            code = min(max(np.rint((w[row] - b) / s), zero), n) if s != zero else zero
-            q[row] = code
-            e[row] = (w[row] - (code * s + b)) / u[j]
-        for k in range(j + 1, left.shape[0]):
-            later, share = left[k], u[k]
-            for row in range(later.size):
-                later[row] -= e[row] * share
 
 
 @compiled

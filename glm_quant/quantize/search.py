@@ -60,7 +60,7 @@ _ANY = 1e6
 _DROPPED_BY_F16 = 13
 _DROPPED = {"BF16": 16, "F16": _DROPPED_BY_F16, "F32": 0}
 # The largest finite values; float32's is never met.
-_LIMIT = {"BF16": 3e38, "F16": 65504.0, "F32": 3e38}
+LIMIT = {"BF16": 3e38, "F16": 65504.0, "F32": 3e38}
 
 # Beyond these a product of three could leave float32's normal range; such groups keep MLX's bytes.
 _SMALLEST, _LARGEST = np.float32(2.0**-32), np.float32(2.0**32)
@@ -116,7 +116,7 @@ def quantize_search(
         np.ascontiguousarray(energy).reshape(-1),
         (group_size, width, rows // len(energy)),
         np.array(starts, np.float32),
-        (np.float32((1 << bits) - 1), _DROPPED[dtype], np.float32(_LIMIT[dtype])),
+        (np.float32((1 << bits) - 1), _DROPPED[dtype], np.float32(LIMIT[dtype])),
         (np.float32(min(settings.slack, _ANY)), settings.magnitudes),
         _new_lanes(),
         (scales.reshape(-1), biases.reshape(-1), better),
