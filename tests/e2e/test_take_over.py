@@ -59,8 +59,6 @@ def test_another_machine_takes_a_build_over(
     place.rate = SLOW
     first = user.start(*command("first"))
     wait_for(lambda: len(records(client, "uploads")) >= 2, "no shard was uploaded and recorded")
-    taken = user.run(*command("second"), expect=1)
-    assert "works on this build" in taken.stderr
     kill(first)
     assert first.returncode == -signal.SIGKILL
     safe = records(client, "shards") & records(client, "uploads")
