@@ -170,9 +170,9 @@ def calibrate(
     output: Annotated[Path, typer.Option(help="Folder to make, for a recipe's `imatrix`.")],
     text: Annotated[
         list[Path] | None,
-        typer.Option(help="Text file, or JSON of conversations; default: this project's code."),
+        typer.Option(help="Text file, or JSON of conversations; default: built-in texts."),
     ] = None,
-    tokens: Annotated[int, typer.Option(help="At most so many tokens of each text.")] = 2048,
+    tokens: Annotated[int, typer.Option(help="At most so many tokens of each text.")] = 16384,
     context: Annotated[int, typer.Option(help="Tokens of a sequence.")] = 512,
     factors: Annotated[bool, typer.Option(help="Also make what the quantizer gptq needs.")] = False,
     verbose: Verbose = False,
@@ -181,13 +181,17 @@ def calibrate(
     """Stream texts through the source and note how loud each weight's inputs are."""
     with errors_in_one_screen(verbose), stopping_in_order(ERRORS):
         from glm_quant.calibration.calibrate import calibrate as stream
-        from glm_quant.calibration.calibrate import calibration_tokens
+        from glm_quant.calibration.texts import calibration_set, named_texts
         from glm_quant.checkpoint.reader import Checkpoint
         from glm_quant.hub import open_source
+        from glm_quant.settings import CalibrationSettings
 
         checkpoint = Checkpoint.open(open_source(source))
         checkpoint.require_weights()
-        batch = calibration_tokens(checkpoint, text, tokens, context)
+        settings = CalibrationSettings(
+            texts=named_texts(text), tokens=max(tokens, context), context=context
+        )
+        batch = calibration_set(checkpoint, settings)
         with Terminal(ERRORS, 1) as terminal:
             terminal.begin("calibrate")
             record = stream(
@@ -246,7 +250,7 @@ def fit(
 ) -> None:
     """Choose the bits of each part of a recipe by measurement, within a budget of bytes."""
     with errors_in_one_screen(verbose), stopping_in_order(ERRORS):
-        from glm_quant.calibration.calibrate import calibration_tokens
+        from glm_quant.calibration.texts import package_code
         from glm_quant.checkpoint.reader import Checkpoint
         from glm_quant.fit.command import FitSettings, parse_floors, parse_measure
         from glm_quant.fit.command import fit as choose
@@ -262,7 +266,7 @@ def fit(
                 target,
                 output,
                 settings,
-                lambda: calibration_tokens(checkpoint, text, tokens, context, total=tokens),
+                lambda: package_code(checkpoint, text, tokens, context, total=tokens),
                 lambda done, total: terminal.move("measure", done, total),
             )
         if as_json:
@@ -296,6 +300,10 @@ def plan(
 def verify(
     folder: Annotated[Path, typer.Argument(help="A finished output.")],
     source: Source = None,
+    imatrix: Annotated[
+        Path | None,
+        typer.Option(help="What it was calibrated with: calibration/imatrix in a workspace."),
+    ] = None,
     verbose: Verbose = False,
     as_json: Json = False,
 ) -> None:
@@ -306,7 +314,7 @@ def verify(
         from glm_quant.hub import open_source
         from glm_quant.quantize.verify import verify as check
 
-        found = check(folder, open_source(source) if source else None)
+        found = check(folder, open_source(source) if source else None, imatrix=imatrix)
         if as_json:
             _print_json(asdict(found))
             return
@@ -315,6 +323,8 @@ def verify(
             if source
             else ""
         )
+        if found.calibrated:
+            rederived += f" ({found.calibrated} others need --imatrix)"
         _out.print(
             f"{folder}: whole. {found.files} files and {found.size_bytes / 1e9:,.3f} GB have their "
             f"recorded sha256, {found.tensors:,} tensors agree with index and config{rederived}."
@@ -379,11 +389,14 @@ def _convert(
     reuse: Sequence[str] = (),
 ) -> "ConvertSummary":
     """Convert into a folder and show it."""
+    from glm_quant.calibration.command import open_calibrated
     from glm_quant.hub import open_source
-    from glm_quant.quantize.command import convert_to_folder, open_conversion, workspace_beside
+    from glm_quant.quantize.command import convert_to_folder, workspace_beside
 
     opened = open_source(source, workspace_beside(output), window)
-    conversion = open_conversion(opened, recipe, output, workers, reuse)
+    conversion = open_calibrated(
+        opened, recipe, output, lambda: Terminal(ERRORS, 1), workers, reuse
+    )
     with Terminal(ERRORS, len(conversion.shards)) as terminal:
         return convert_to_folder(conversion, terminal)
 

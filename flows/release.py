@@ -6,6 +6,7 @@ from glm_quant.build import BuildSpec
 from glm_quant.stages.base import StageResult
 from tasks.approval import approval
 from tasks.assemble import assemble
+from tasks.calibrate import calibrate_if_wanted
 from tasks.card import card
 from tasks.divergence import divergence
 from tasks.download import download
@@ -25,10 +26,11 @@ def release(spec: BuildSpec) -> list[StageResult]:
     with at_work(spec, shared=True):
         planned = [download(spec), plan(spec)]
         report_plan(spec)
+        measured = calibrate_if_wanted(spec)
         made = [*make_shards(spec), assemble(spec), *restore_shards(spec)]
         proved = [parity(spec), divergence(spec), evaluate(spec), card(spec)]
         report_build(spec)
         approval(spec)
         published = publish_everywhere(spec)
         report_links(spec)
-        return [*planned, *made, *proved, *published]
+        return [*planned, *measured, *made, *proved, *published]

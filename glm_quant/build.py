@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from glm_quant.calibration.own import standing_imatrix
 from glm_quant.checkpoint.reader import Checkpoint
 from glm_quant.errors import RecipeError
 from glm_quant.hub import DEFAULT_WINDOW, open_source, open_target
@@ -86,16 +87,21 @@ class Build:
             )
         self.workspace = workspace_of(spec)
         self.checkpoint = Checkpoint(open_source(source, self.workspace, spec.window))
-        self.plan = make_plan(self.checkpoint, self.recipe)
+        self.targets = tuple(dict.fromkeys((*self.recipe.publish.targets, *spec.targets)))
+        self.make_plan()
         for warning in self.plan.warnings:
             _log.warning("%s", warning)
-        self.targets = tuple(dict.fromkeys((*self.recipe.publish.targets, *spec.targets)))
         self.baselines = {**self.recipe.baselines, **spec.baselines}
+
+    def make_plan(self) -> None:
+        """Plan, with the recipe's own calibration if it is made; call it again when it is."""
+        imatrix = standing_imatrix(self.checkpoint, self.recipe, self.workspace)
+        self.plan = make_plan(self.checkpoint, self.recipe, imatrix)
         self.conversion = Conversion(
             self.checkpoint,
             self.plan,
             self.workspace,
-            reuse=[existing_workspace(folder) for folder in spec.reuse],
+            reuse=[existing_workspace(folder) for folder in self.spec.reuse],
             # Work ahead would fill the disk where shards leave it no faster than they are uploaded.
             ahead=not self.lets_go,
         )

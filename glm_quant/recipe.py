@@ -14,8 +14,12 @@ import yaml
 from pydantic import Field, ValidationError, model_validator
 
 from glm_quant.errors import RecipeError
-from glm_quant.fingerprint import Canonical
-from glm_quant.settings import DivergenceSettings, EvaluationSettings, Section
+from glm_quant.settings import (
+    CalibrationSettings,
+    DivergenceSettings,
+    EvaluationSettings,
+    Section,
+)
 
 ComponentGroup = Literal[
     "routed_experts",
@@ -33,6 +37,8 @@ StoredDtype = Literal["source", "bfloat16", "float16", "float32"]
 Mode = Literal["affine", "mxfp4", "nvfp4", "mxfp8"]
 # How the affine mode's scales and biases are chosen; the other modes have one way.
 Quantizer = Literal["minmax", "search", "gptq"]
+# Those that use a calibration.
+_CALIBRATED: frozenset[Quantizer] = frozenset({"search", "gptq"})
 
 _LAYER = re.compile(r"model\.layers\.(\d+)\.")
 # What mx.quantize 0.32 accepts.
@@ -176,7 +182,13 @@ class Recipe(Section):
     source: str | None = Field(default=None, description="default source; --source overrides it")
     quantizer: Quantizer = Field(default="minmax", description="of rules that do not name theirs")
     imatrix: str | None = Field(
-        default=None, description="folder that `glm-quant calibrate` made, for `search` and `gptq`"
+        default=None,
+        description="folder that `glm-quant calibrate` made, for `search` and `gptq`; default: "
+        "made in the workspace, as `calibration` says",
+    )
+    calibration: CalibrationSettings | None = Field(
+        default=None,
+        description="given: `search` weighs errors by what inputs are measured; `gptq` always does",
     )
     shard_bytes: int = Field(
         default=5 << 30, ge=1 << 16, description="largest payload of an output shard"
@@ -197,17 +209,32 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _imatrix_is_used(self) -> Self:
-        named = {rule.quantizer or self.quantizer for rule in self.rules if rule.bits}
-        if self.imatrix is not None and not named & {"search", "gptq"}:
-            raise ValueError(
-                "imatrix is given, but no rule has the quantizer `search` or `gptq`, which use it"
-            )
-        if self.imatrix is None and "gptq" in named:
-            raise ValueError(
-                "the quantizer `gptq` needs an imatrix that was made with "
-                "`glm-quant calibrate --factors`; name its folder as `imatrix`"
-            )
+        if self.imatrix is not None and self.calibration is not None:
+            raise ValueError("give `imatrix`, or `calibration` to make one, but not both")
+        for name in ("imatrix", "calibration"):
+            if getattr(self, name) is not None and not self._quantizers & _CALIBRATED:
+                raise ValueError(
+                    f"{name} is given, but no rule has the quantizer `search` or `gptq`, which use "
+                    "it"
+                )
         return self
+
+    @property
+    def _quantizers(self) -> set[Quantizer]:
+        affine = (rule for rule in self.rules if rule.bits and rule.mode == "affine")
+        return {rule.quantizer or self.quantizer for rule in affine}
+
+    @property
+    def wants_factors(self) -> bool:
+        """Whether a rule's quantizer is `gptq`, which needs what `calibrate --factors` makes."""
+        return "gptq" in self._quantizers
+
+    @property
+    def own_calibration(self) -> CalibrationSettings | None:
+        """What the build is to be calibrated on in its own workspace, if it is."""
+        if self.imatrix is not None or not self._quantizers & _CALIBRATED:
+            return None
+        return self.calibration or (CalibrationSettings() if self.wants_factors else None)
 
     @model_validator(mode="after")
     def _baselines_are_known(self) -> Self:
@@ -223,16 +250,6 @@ class Recipe(Section):
     def where(self, rule: Rule) -> str:
         """Return "file:line" of a rule, for messages."""
         return f"{self.file}:{rule.line}"
-
-    def conversion_inputs(self) -> Canonical:
-        """Return the part of the recipe that decides output bytes, for fingerprints."""
-        rules = [rule.model_dump(mode="json") for rule in self.rules]
-        return {
-            "quantizer": self.quantizer,
-            "imatrix": self.imatrix,
-            "shard_bytes": self.shard_bytes,
-            "rules": cast("Canonical", rules),
-        }
 
 
 def recipe_names() -> list[str]:

@@ -48,11 +48,11 @@ def _require_measured(bounds: Iterable[Bound], measured: list[str]) -> None:
             )
 
 
-class DivergenceSettings(Section):
-    """What source and build are compared on, streamed, and the bounds on their distance."""
+class TokenSettings(Section):
+    """Texts, and how many tokens of them, in sequences of which length."""
 
     texts: dict[str, str] | None = Field(
-        default=None, description="text file of each slice; default: english, code, chinese, chat"
+        default=None, description="text file of each slice; default: built-in ones"
     )
     tokens: int = Field(default=2048, ge=16, description="at most so many tokens of each slice")
     context: int = Field(default=512, ge=16, description="tokens of a sequence")
@@ -60,6 +60,37 @@ class DivergenceSettings(Section):
     memory_gb: float | None = Field(
         default=None, gt=0, description="memory for the pass; default: half of the machine's"
     )
+
+    @property
+    def memory_bytes(self) -> int | None:
+        """The memory for the pass in bytes, if it is limited."""
+        return None if self.memory_gb is None else int(self.memory_gb * 1e9)
+
+    @model_validator(mode="after")
+    def _one_sequence_at_least(self) -> Self:
+        if self.tokens < self.context:
+            raise ValueError(
+                f"tokens is {self.tokens} and context {self.context}: a slice would hold less than "
+                "one sequence; make tokens larger or context smaller"
+            )
+        return self
+
+
+class CalibrationSettings(TokenSettings):
+    """What passes through the source to see each weight's inputs; never a text that is evaluated.
+
+    The built-in texts are English, Chinese, some other languages, code, and chat.
+    """
+
+    tokens: int = Field(default=8192, ge=16, description="at most so many tokens of each slice")
+
+
+class DivergenceSettings(TokenSettings):
+    """What source and build are compared on, streamed, and the bounds on their distance.
+
+    The built-in texts are `BUILT_IN_SLICES`.
+    """
+
     references: str | None = Field(
         default=None, description="folder for the source's states, to share them between workspaces"
     )
@@ -81,15 +112,6 @@ class DivergenceSettings(Section):
     @model_validator(mode="after")
     def _bounds_are_measured(self) -> Self:
         _require_measured(self.bounds, self.measures())
-        return self
-
-    @model_validator(mode="after")
-    def _one_sequence_at_least(self) -> Self:
-        if self.tokens < self.context:
-            raise ValueError(
-                f"tokens is {self.tokens} and context {self.context}: a slice would hold less than "
-                "one sequence; make tokens larger or context smaller"
-            )
         return self
 
 

@@ -13,6 +13,7 @@ from glm_quant.workspace import Workspace
 STAGES = (
     "download",
     "plan",
+    "calibrate",
     "quantize",
     "assemble",
     "parity",
@@ -74,6 +75,8 @@ def read_status(root: Path) -> WorkspaceStatus:
     ]
     stages: list[StageStatus] = []
     for stage in STAGES:
+        if stage == "calibrate" and not plan.calibrates:
+            continue
         if stage == "quantize":
             stages.append(StageStatus(stage=stage, done=len(done), total=len(plan.shards)))
         else:

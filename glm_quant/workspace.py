@@ -7,6 +7,7 @@ WORKSPACE/
 ├── partial/      output shards being filled, with their journals
 ├── previous/     finished shards of an earlier plan, while tensors are copied from them
 ├── records/      what each stage saw, made and measured
+├── calibration/  how loud each weight's inputs are, if the recipe wants it
 ├── divergence/   final hidden states of the source, and each position's numbers
 ├── baselines/    the build that `demo` compares with
 ├── results/      Prefect's cached task results
@@ -30,6 +31,7 @@ _OURS = {
     "partial",
     "previous",
     "records",
+    "calibration",
     "divergence",
     "baselines",
     "results",
@@ -101,6 +103,11 @@ class Workspace:
     def baselines(self) -> Path:
         """Builds to compare with that were made for it."""
         return self.root / "baselines"
+
+    @property
+    def calibration(self) -> Path:
+        """What `search` and `gptq` know of the inputs that each weight meets."""
+        return self.root / "calibration"
 
     @property
     def previous(self) -> Path:

@@ -31,6 +31,7 @@ from glm_quant.quantize.plan import Plan, make_plan
 from glm_quant.recipe import Recipe, load_recipe
 from glm_quant.testbed.synthetic import small_config, write_checkpoint
 from glm_quant.workspace import Workspace
+from tests.plain import PLAIN
 
 # Tests hold float32 results against float32 references.
 require_float32()
@@ -156,7 +157,7 @@ def small_copy(small: Path, tmp_path: Path) -> Path:
 @pytest.fixture(scope="session")
 def demo_recipe() -> Recipe:
     """Give the demo's rules with shards small enough that the small checkpoint fills several."""
-    return load_recipe("demo").model_copy(update={"shard_bytes": 300_000})
+    return load_recipe(PLAIN).model_copy(update={"shard_bytes": 300_000})
 
 
 def with_quantizer(recipe: Recipe, quantizer: str) -> Recipe:

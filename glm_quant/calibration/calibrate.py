@@ -7,8 +7,7 @@ states, so an interrupted pass goes on at its layer and what stands is the same.
 
 import hashlib
 import shutil
-from collections.abc import Callable, Iterator, Sequence
-from importlib.resources import files
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,7 @@ from glm_quant.evaluation.activations import load_arrays, save_arrays
 from glm_quant.evaluation.divergence import half_of_memory, reference_key
 from glm_quant.evaluation.memory_plan import disk_bytes, plan_memory
 from glm_quant.evaluation.streaming import stream_states
-from glm_quant.evaluation.token_set import TokenSet, make_token_set
+from glm_quant.evaluation.token_set import TokenSet
 from glm_quant.evaluation.weights import SourceWeights
 from glm_quant.fingerprint import fingerprint
 from glm_quant.model.geometry import Geometry
@@ -36,7 +35,6 @@ from glm_quant.quantize.imatrix import (
     factor_of,
     usable,
 )
-from glm_quant.recipe import DivergenceSettings
 from glm_quant.workspace import Workspace
 
 # Raise it when energies change their meaning.
@@ -44,35 +42,6 @@ VERSION = 1
 _FACTOR = "factor-"
 # An expert that met fewer tokens says little of its own; it gets the layer's mean.
 LEAST_TOKENS = 32
-
-
-def calibration_tokens(
-    source: Checkpoint,
-    texts: Sequence[Path] | None,
-    tokens: int,
-    context: int,
-    *,
-    total: int | None = None,
-) -> TokenSet:
-    """Cut texts into sequences with the source's tokenizer.
-
-    Args:
-        source: whose tokenizer.
-        texts: files; default: this package's own modules, which no default evaluation reads.
-        tokens: at most so many of each text.
-        context: tokens of a sequence.
-        total: at most so many of all texts together, sequences spread evenly over them.
-
-    Raises:
-        RecipeError: a text cannot be read.
-    """
-    if texts is None:
-        package = Path(str(files("glm_quant")))
-        texts = sorted(path for path in package.rglob("*.py") if path.stat().st_size > 1 << 12)
-    names = {f"{i:03d} {path.name}": str(path) for i, path in enumerate(texts)}
-    settings = DivergenceSettings(texts=names, tokens=max(tokens, context), context=context)
-    made = make_token_set(source, settings)
-    return made if total is None else made.spread(max(total // context, 1))
 
 
 def calibrate(

@@ -37,6 +37,7 @@ class Manifest(BaseModel):
         versions: packages that decide bytes.
         totals: parameters, tensor bytes, tensors, bits per weight.
         census: parameters of each component group by how they are stored, as planned.
+        imatrix: sha256 of each file of the importance matrix that the codes were chosen with.
         shards: the weights.
         files: everything else that this package wrote (config, index, tokenizer, runtime).
     """
@@ -52,6 +53,7 @@ class Manifest(BaseModel):
     totals: dict[str, float]
     census: dict[str, dict[str, int]] = Field(default_factory=dict[str, dict[str, int]])
     block_elements: int
+    imatrix: dict[str, str] = Field(default_factory=dict[str, str])
     shards: list[ManifestShard]
     files: list[FileDigest]
 

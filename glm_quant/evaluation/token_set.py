@@ -24,8 +24,7 @@ from glm_quant.errors import RecipeError
 from glm_quant.evaluation.divergence_record import SliceFacts
 from glm_quant.evaluation.perplexity import digest_text
 from glm_quant.quantize.assemble import COMPANIONS
-from glm_quant.recipe import DivergenceSettings
-from glm_quant.settings import BUILT_IN_SLICES
+from glm_quant.settings import BUILT_IN_SLICES, TokenSettings
 from glm_quant.testbed import held_out_text
 
 _CHATS = TypeAdapter(list[list[dict[str, str]]])
@@ -84,13 +83,20 @@ class TokenSet:
         ]
 
 
-def make_token_set(source: Checkpoint, settings: DivergenceSettings) -> TokenSet:
-    """Cut the recipe's texts, or the built-in ones, with the source's own tokenizer.
+def make_token_set(
+    source: Checkpoint, settings: TokenSettings, texts: Mapping[str, str] | None = None
+) -> TokenSet:
+    """Cut texts with the source's own tokenizer.
+
+    Args:
+        source: whose tokenizer.
+        settings: how many tokens.
+        texts: of each slice; default: the recipe's, or those built in for evaluation.
 
     Raises:
         RecipeError: a text cannot be read, or is empty.
     """
-    texts = read_texts(settings)
+    texts = read_texts(settings) if texts is None else texts
     if "tokenizer.json" not in source.files:
         rng = np.random.default_rng(settings.seed)
         ids = rng.integers(0, int(source.config["vocab_size"]), settings.tokens)
@@ -100,29 +106,42 @@ def make_token_set(source: Checkpoint, settings: DivergenceSettings) -> TokenSet
     for name, text in texts.items():
         ids = np.array(_encode(tokenizer, text), np.int64)
         if len(ids) < 2:
-            raise RecipeError(f"divergence: the text of slice {name} has {len(ids)} tokens.")
+            raise RecipeError(f"The text of slice {name} has {len(ids)} tokens; give a longer one.")
         slices.append(_cut(name, digest_text(text), ids, settings))
     return TokenSet(tuple(slices))
 
 
-def read_texts(settings: DivergenceSettings) -> Mapping[str, str]:
-    """Return the text of each slice.
+def read_texts(settings: TokenSettings) -> Mapping[str, str]:
+    """Return the text of each slice that is evaluated.
 
     Raises:
         RecipeError: a file cannot be read.
     """
     if settings.texts is None:
         return {name: _built_in(name) for name in BUILT_IN_SLICES}
-    texts: dict[str, str] = {}
-    for name, file in settings.texts.items():
+    return read_files(settings.texts, "divergence.texts")
+
+
+def read_files(texts: Mapping[str, str], place: str) -> dict[str, str]:
+    """Return the texts of some files by their names.
+
+    Args:
+        texts: path of each.
+        place: where the recipe names them.
+
+    Raises:
+        RecipeError: a file cannot be read.
+    """
+    found: dict[str, str] = {}
+    for name, file in texts.items():
         path = Path(file).expanduser()
         try:
-            texts[name] = path.read_text(encoding="utf-8")
+            found[name] = path.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             raise RecipeError(
-                f"{path}: the text of divergence.texts.{name} cannot be read ({error})."
+                f"{path}: the text of {place}.{name} cannot be read ({error})."
             ) from None
-    return texts
+    return found
 
 
 def load_tokenizer(source: Checkpoint) -> Any:
@@ -172,7 +191,7 @@ def _conversations(text: str) -> list[list[dict[str, str]]] | None:
 
 
 def _cut(
-    name: str, text_sha256: str, ids: NDArray[np.int64], settings: DivergenceSettings
+    name: str, text_sha256: str, ids: NDArray[np.int64], settings: TokenSettings
 ) -> TokenSlice:
     """Return windows in the text's order, at most `settings.tokens` tokens in all."""
     starts = np.arange(0, max(len(ids) - 1, 1), settings.context)

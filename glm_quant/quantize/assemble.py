@@ -131,6 +131,7 @@ def _assemble(
         },
         census=take_census((p.weight, p.scheme) for p in plan.weights),
         block_elements=BLOCK_ELEMENTS,
+        imatrix={file.path: file.sha256 for file in plan.imatrix.outputs} if plan.imatrix else {},
         shards=[
             ManifestShard(file=r.outputs[0], tensors=r.tensors, sources=r.sources) for r in records
         ],

@@ -67,6 +67,7 @@ def open_conversion(
     output: Path,
     workers: int | None = None,
     reuse: Sequence[str] = (),
+    imatrix: Path | None = None,
 ) -> OpenConversion:
     """Check source, recipe and output folder, and plan.
 
@@ -76,6 +77,7 @@ def open_conversion(
         output: folder to make.
         workers: threads; default: one a core.
         reuse: workspaces or outputs of other conversions, whose tensors may be copied.
+        imatrix: folder of the recipe's own calibration, where it wants one and has it.
 
     Raises:
         InputError: one of them is not what it should be.
@@ -83,7 +85,7 @@ def open_conversion(
     loaded = load_recipe(recipe)
     checkpoint = Checkpoint.open(source)
     workspace = workspace_beside(output)
-    plan = make_plan(checkpoint, loaded)
+    plan = make_plan(checkpoint, loaded, imatrix)
     checkpoint.require_weights()
     _check_output(workspace, {shard.name for shard in plan.shards})
     for warning in plan.warnings:

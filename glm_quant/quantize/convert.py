@@ -16,7 +16,7 @@ from typing import Protocol, Self
 
 from glm_quant.artifact import FileDigest, full_disk_named, require_space
 from glm_quant.checkpoint.reader import Checkpoint
-from glm_quant.errors import InputError
+from glm_quant.errors import InputError, RunError
 from glm_quant.quantize.batch import Batch
 from glm_quant.quantize.ledger import Ledger
 from glm_quant.quantize.pipeline import Progress
@@ -99,6 +99,10 @@ class Conversion:
         """Return the fingerprint of an output shard: of everything that decides its bytes."""
         return self._ledger.fingerprint(shard)
 
+    def layout(self, shard: int) -> str:
+        """Return the fingerprint of an output shard without its calibration: known before that."""
+        return self._ledger.layout(shard)
+
     def record_path(self, shard: int) -> Path:
         """Return where the record of an output shard stands."""
         return self._ledger.record_path(shard)
@@ -150,10 +154,18 @@ class Conversion:
             WeightError: a source value is NaN, Inf or does not fit its target dtype, a tensor is
                 all zero or the same as another, or its codes are too far from it.
             IntegrityError: a byte changed between writing and finishing.
+            RunError: the recipe's calibration was not made.
         """
         record = self.finished(shard)
         if record is not None:
             return record
+        if self.plan.uncalibrated:
+            self._ledger.checkpoint.require_weights()
+            raise RunError(
+                f"{self.plan.shards[shard].name}: the recipe wants a calibration, and it was not "
+                "made. `glm-quant run` and `glm-quant convert` make it; or make a folder with "
+                "`glm-quant calibrate --factors` and name it as the recipe's `imatrix`."
+            )
         with full_disk_named(self._workspace.root):
             try:
                 batch = self._batch_for(shard)

@@ -129,7 +129,7 @@ class Imatrix:
     def __init__(self, folder: Path, record: ImatrixRecord) -> None:
         """Remember them."""
         self.record = record
-        self._folder = folder
+        self.folder = folder
         self._file = folder / TENSORS_NAME
 
     @classmethod
@@ -170,7 +170,7 @@ class Imatrix:
         known = self.record.weights.get(path)
         if known is None or known.factor is None or known.factor_sha256 is None:
             return None
-        return Factor(self._folder / known.factor, known.factor_sha256)
+        return Factor(self.folder / known.factor, known.factor_sha256)
 
 
 def factor_of(gram: NDArray[np.float64], count: int) -> NDArray[np.float32]:

@@ -66,6 +66,14 @@ class Ledger:
         """Return the fingerprint of an output shard: of everything that decides its bytes."""
         return fingerprint(self.inputs[shard].model_dump())
 
+    def layout(self, shard: int) -> str:
+        """Return the fingerprint of an output shard without its calibration: known before that."""
+        layout = self.inputs[shard].model_dump()
+        layout["schemes"] = {
+            planned.weight.name: planned.scheme.describe() for planned in self.weights_of[shard]
+        }
+        return fingerprint(layout)
+
     def record_path(self, shard: int) -> Path:
         """Return where the record of an output shard stands."""
         return self.workspace.shard_records / f"{self.plan.shards[shard].name}.json"

@@ -24,7 +24,7 @@ from glm_quant.model.restructure import (
     check_shapes,
     output_weights,
 )
-from glm_quant.quantize.imatrix import Energy, Factor, Imatrix
+from glm_quant.quantize.imatrix import Energy, Factor, Imatrix, ImatrixRecord
 from glm_quant.quantize.scheme import Quantized, Scheme, Stored, TensorLayout, layouts
 from glm_quant.recipe import ComponentGroup, Recipe, Rule
 
@@ -102,6 +102,9 @@ class Plan:
     Attributes:
         dropped: source tensors that no output needs.
         warnings: what a person should know before starting.
+        imatrix: what the weights were calibrated with, if they were.
+        uncalibrated: the recipe wants a calibration that is still to be made: everything has its
+            place, but nothing can be encoded.
     """
 
     geometry: Geometry
@@ -109,6 +112,8 @@ class Plan:
     shards: tuple[PlannedShard, ...]
     dropped: tuple[str, ...]
     warnings: tuple[str, ...] = ()
+    imatrix: ImatrixRecord | None = None
+    uncalibrated: bool = False
 
     @property
     def tensors(self) -> Iterator[PlannedTensor]:
@@ -151,8 +156,13 @@ class Plan:
         return sorted(totals, key=lambda total: -total.size_bytes)
 
 
-def make_plan(checkpoint: Checkpoint, recipe: Recipe) -> Plan:
+def make_plan(checkpoint: Checkpoint, recipe: Recipe, imatrix: Path | None = None) -> Plan:
     """Plan a conversion. Reads the config, the index and (where there are weights) the headers.
+
+    Args:
+        checkpoint: the source.
+        recipe: what to make.
+        imatrix: folder of the recipe's own calibration, where it wants one and has it.
 
     Raises:
         CheckpointError: the checkpoint is not whole or not what its config implies.
@@ -175,8 +185,17 @@ def make_plan(checkpoint: Checkpoint, recipe: Recipe) -> Plan:
     kept = [(weight, scheme) for weight, scheme in zip(weights, schemes, strict=True) if scheme]
     planned, shards = _lay_out(kept, recipe.shard_bytes)
     if recipe.imatrix is not None:
-        planned = _calibrated(planned, recipe)
-    return Plan(geometry, planned, shards, tuple(sorted(dropped)), warnings)
+        imatrix = Path(recipe.imatrix).expanduser()
+    opened = Imatrix.open(imatrix) if imatrix is not None else None
+    return Plan(
+        geometry,
+        planned if opened is None else _calibrated(planned, recipe, opened),
+        shards,
+        tuple(sorted(dropped)),
+        warnings,
+        opened and opened.record,
+        uncalibrated=opened is None and recipe.own_calibration is not None,
+    )
 
 
 def _assign(weights: list[OutputWeight], mtp: list[str], recipe: Recipe) -> list[Scheme | None]:
@@ -240,17 +259,17 @@ def _scheme(rule: Rule, weight: OutputWeight, recipe: Recipe) -> Scheme | None:
     return Quantized(rule.mode, rule.bits, rule.group_size, quantizer)
 
 
-def _calibrated(planned: tuple[PlannedWeight, ...], recipe: Recipe) -> tuple[PlannedWeight, ...]:
+def _calibrated(
+    planned: tuple[PlannedWeight, ...], recipe: Recipe, imatrix: Imatrix
+) -> tuple[PlannedWeight, ...]:
     """Give searched weights their energies and `gptq` its factors.
 
     What no calibration reaches goes without: `gptq` without a factor is `search`.
     """
-    imatrix = Imatrix.open(Path(str(recipe.imatrix)).expanduser())
     made: list[PlannedWeight] = []
-    wanted = {one.scheme.quantizer for one in planned if isinstance(one.scheme, Quantized)}
-    if "gptq" in wanted and not imatrix.has_factors:
+    if recipe.wants_factors and not imatrix.has_factors:
         raise RecipeError(
-            f"{recipe.file}: imatrix {recipe.imatrix} has energies alone, and the quantizer `gptq` "
+            f"{recipe.file}: imatrix {imatrix.folder} has energies alone, and the quantizer `gptq` "
             "needs factors. Make it again with `glm-quant calibrate --factors`, or use `search`."
         )
     for one in planned:
@@ -261,7 +280,7 @@ def _calibrated(planned: tuple[PlannedWeight, ...], recipe: Recipe) -> tuple[Pla
                 factor = imatrix.factor(one.weight.path)
         if energy and energy.shape() != (energy.units, one.weight.shape[-1]):
             raise RecipeError(
-                f"{recipe.file}: imatrix {recipe.imatrix} has energies {list(energy.shape())} for "
+                f"{recipe.file}: imatrix {imatrix.folder} has energies {list(energy.shape())} for "
                 f"{one.weight.path}, whose shape is {list(one.weight.shape)}. It was made from "
                 "another model; calibrate this one."
             )

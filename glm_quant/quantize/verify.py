@@ -33,17 +33,25 @@ from glm_quant.recipe import Recipe, Rule
 
 @dataclass(frozen=True)
 class Verification:
-    """What was looked at: files and bytes read, tensors compared, blocks made again."""
+    """What was looked at: files and bytes read, tensors compared, blocks made again.
+
+    Attributes:
+        calibrated: blocks that cannot be made again without the imatrix they were made with.
+    """
 
     files: int
     size_bytes: int
     tensors: int
     rederived_blocks: int
     bits_per_weight: float
+    calibrated: int = 0
 
 
 def verify(
-    folder: Path, source: str | Path | Source | None = None, samples: int = 64
+    folder: Path,
+    source: str | Path | Source | None = None,
+    samples: int = 64,
+    imatrix: Path | None = None,
 ) -> Verification:
     """Check a finished output.
 
@@ -51,6 +59,7 @@ def verify(
         folder: the output.
         source: its source, to make sampled blocks again.
         samples: how many.
+        imatrix: folder that the output was calibrated with, where its recipe names none.
 
     Raises:
         CheckpointError: no manifest, or a header that lies.
@@ -61,15 +70,16 @@ def verify(
     for digest in digests:
         digest.check(folder)
     tensors = _check_structure(folder, manifest)
-    rederived = 0
+    rederived = left = 0
     if source is not None:
-        rederived = _rederive(folder, manifest, Checkpoint.open(source), samples)
+        rederived, left = _rederive(folder, manifest, Checkpoint.open(source), samples, imatrix)
     return Verification(
         len(digests),
         sum(digest.size_bytes for digest in digests),
         tensors,
         rederived,
         manifest.totals["bits_per_weight"],
+        left,
     )
 
 
@@ -164,8 +174,14 @@ def _scheme(path: Path, module: str, entry: dict[str, Any]) -> Quantized:
     return Quantized(rule.mode, int(rule.bits or 0), rule.group_size)
 
 
-def _rederive(folder: Path, manifest: Manifest, checkpoint: Checkpoint, samples: int) -> int:
-    """Make sampled blocks from the source again and compare them with the output's bytes."""
+def _rederive(
+    folder: Path, manifest: Manifest, checkpoint: Checkpoint, samples: int, imatrix: Path | None
+) -> tuple[int, int]:
+    """Make sampled blocks from the source again and compare them with the output's bytes.
+
+    Returns:
+        How many, and how many there are that only an imatrix could make.
+    """
     try:
         recipe = Recipe.model_validate({**manifest.recipe, "file": MANIFEST_NAME})
     except ValidationError as error:
@@ -173,7 +189,8 @@ def _rederive(folder: Path, manifest: Manifest, checkpoint: Checkpoint, samples:
             f"{folder / MANIFEST_NAME}: its recipe cannot be read ({error.errors()[0]['msg']}). "
             "The output was made by another version; verify it without --source."
         ) from None
-    plan = make_plan(checkpoint, recipe)
+    plan = make_plan(checkpoint, recipe, imatrix)
+    _check_imatrix(folder, manifest, plan)
     if json.loads((folder / "config.json").read_bytes()) != output_config(checkpoint.config, plan):
         raise IntegrityError(
             f"{folder / 'config.json'}: it is not what this source and the manifest's recipe give. "
@@ -184,11 +201,30 @@ def _rederive(folder: Path, manifest: Manifest, checkpoint: Checkpoint, samples:
             f"{folder}: this source and the manifest's recipe give {len(plan.shards)} shards, the "
             f"output has {len(manifest.shards)}. It was made from another source."
         )
-    jobs = make_jobs(plan, manifest.block_elements)
+    every = make_jobs(plan, manifest.block_elements)
+    jobs = [job for job in every if not (plan.uncalibrated and _is_calibrated(job))]
     chosen = random.Random(manifest.fingerprint).sample(jobs, min(samples, len(jobs)))  # noqa: S311 - reproducible
     for job in chosen:
         _compare(folder, plan, checkpoint, job)
-    return len(chosen)
+    return len(chosen), len(every) - len(jobs)
+
+
+def _check_imatrix(folder: Path, manifest: Manifest, plan: Plan) -> None:
+    """Hold the imatrix at hand against the one that the manifest names."""
+    if plan.imatrix is None:
+        return
+    found = {file.path: file.sha256 for file in plan.imatrix.outputs}
+    same = len(found.items() & manifest.imatrix.items())
+    if found != manifest.imatrix:
+        raise IntegrityError(
+            f"{folder / MANIFEST_NAME}: the output was made with another imatrix: {same} of its "
+            f"{len(manifest.imatrix)} files are among those given. Give the one it was made with."
+        )
+
+
+def _is_calibrated(job: Job) -> bool:
+    schemes = [target.weight.scheme for target in job.targets]
+    return any(isinstance(s, Quantized) and s.quantizer != "minmax" for s in schemes)
 
 
 def _compare(folder: Path, plan: Plan, checkpoint: Checkpoint, job: Job) -> None:

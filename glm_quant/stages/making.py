@@ -1,4 +1,4 @@
-"""The stages that make the weights: source, plan, quantize (one output shard each), assemble."""
+"""The stages that make the weights: source, plan, calibrate, quantize (a shard each), assemble."""
 
 import os
 import platform
@@ -12,6 +12,8 @@ from pydantic import BaseModel, ConfigDict
 from glm_quant import __version__
 from glm_quant.artifact import FileDigest, Record
 from glm_quant.build import Build
+from glm_quant.calibration.own import STAGE as CALIBRATE
+from glm_quant.calibration.own import CalibrationRecord, calibrate_build, calibration_inputs
 from glm_quant.checkpoint.manifest import MANIFEST_NAME
 from glm_quant.fingerprint import Canonical
 from glm_quant.quantize.assemble import COMPANIONS, RUNTIME_NAME, assemble, source_label
@@ -90,6 +92,7 @@ class PlanFigures(BaseModel):
         peak_disk_bytes: the output and the source shards that stand on disk beside it.
         memory_bytes: weights, 16-bit caches and prefill at some context lengths.
         dropped: tensors of the source that are left out.
+        calibrates: the weights' inputs are measured before anything is encoded.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -107,6 +110,7 @@ class PlanFigures(BaseModel):
     open_outputs: int
     peak_disk_bytes: int
     memory_bytes: dict[int, int]
+    calibrates: bool = False
 
 
 class PlanRecord(Record):
@@ -138,6 +142,7 @@ def plan_figures(build: Build) -> PlanFigures:
             disk, build.checkpoint.files, build.checkpoint.source.places
         ),
         memory_bytes={need.context: need.total_bytes for need in needs},
+        calibrates=build.recipe.own_calibration is not None,
     )
 
 
@@ -149,12 +154,12 @@ class PlanStage(Stage[PlanRecord]):
     decides = ("assemble", *PROOFS)
 
     def inputs(self) -> Canonical:
-        """Return the fingerprints of all planned shards."""
+        """Return the layout of all planned shards: what a calibration finds out comes later."""
         conversion = self.build.conversion
         shards = range(len(self.build.plan.shards))
         return {
             "recipe": self.build.recipe.name,
-            "shards": [conversion.fingerprint(shard) for shard in shards],
+            "shards": [conversion.layout(shard) for shard in shards],
         }
 
     def make(self, progress: Progress) -> PlanRecord:
@@ -173,6 +178,39 @@ class PlanStage(Stage[PlanRecord]):
         return (
             f"{plan.params:,} parameters at {plan.bits_per_weight:.3f} bits per weight: "
             f"{plan.tensor_bytes / 1e9:,.3f} GB in {len(plan.shards)} shards"
+        )
+
+
+class CalibrateStage(Stage[CalibrationRecord]):
+    """How loud the inputs of each weight are, where the recipe wants to know it."""
+
+    name = CALIBRATE
+    record_type = CalibrationRecord
+
+    def inputs(self) -> Canonical:
+        """Return the texts, the settings, and the source."""
+        return calibration_inputs(self.build.checkpoint, self.build.recipe)
+
+    def make(self, progress: Progress) -> CalibrationRecord:
+        """Stream texts through the source.
+
+        Raises:
+            RecipeError: a text cannot be read, or is one that is evaluated.
+            EvaluationError: the memory is too small for the longest sequence.
+        """
+        build = self.build
+        return calibrate_build(build.checkpoint, build.recipe, build.workspace, progress)
+
+    def keep(self, record: CalibrationRecord) -> None:
+        """Write the record, and plan with what was found."""
+        super().keep(record)
+        self.build.make_plan()
+
+    def summarize(self, record: CalibrationRecord) -> str:
+        """Return what was seen, and which experts met too little of it."""
+        return (
+            f"{record.tokens:,} tokens, {record.weights:,} weights, {record.factors:,} factors; "
+            f"{record.thin:,} of {record.experts:,} experts met too few tokens of their own"
         )
 
 

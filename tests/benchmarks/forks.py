@@ -23,6 +23,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn, Self
 
+from tests.plain import PLAIN
+
 _WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT
 # Stage, operation, and at how many of them a child kills itself.
 Moment = tuple[str, str, int]
@@ -240,7 +242,7 @@ def _warm() -> None:
         importlib.import_module(module)
     with tempfile.TemporaryDirectory() as folder:
         write_checkpoint(Path(folder) / "source", small_config(2, 4), shard_bytes=1 << 20)
-        options = ["--source", f"{folder}/source", "--recipe", "demo", "--output", f"{folder}/out"]
+        options = ["--source", f"{folder}/source", "--recipe", PLAIN, "--output", f"{folder}/out"]
         made = CliRunner().invoke(app, ["convert", *options])
         if made.exit_code:
             raise SystemExit(f"warming up failed: {made.output} {made.stderr}")

@@ -55,6 +55,7 @@ def test_demo_ends_with_a_published_checkpoint_and_its_card(
         *(
             "download",
             "plan",
+            "calibrate",
             "quantize",
             "assemble",
             "parity",
@@ -75,8 +76,9 @@ def test_demo_ends_with_a_published_checkpoint_and_its_card(
         *("| KL to the source, mean, uniform\u20114bit |", "| needle retrieval, uniform-4bit |"),
     ):
         assert row.replace("\u2011", "-") in card.replace("\u2011", "-")
-    verified = embedded.run("verify", published, "--source", str(tiny_glm_path()), "--json")
-    assert json.loads(verified.stdout)["rederived_blocks"] > 0
+    options = ("--source", tiny_glm_path(), "--imatrix", workspace / "calibration" / "imatrix")
+    verified = json.loads(embedded.run("verify", published, *options, "--json").stdout)
+    assert verified["rederived_blocks"] > 0 == verified["calibrated"]
 
 
 @pytest.mark.slow

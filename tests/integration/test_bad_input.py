@@ -19,6 +19,7 @@ from typer.testing import CliRunner
 from flows.cli import app
 from glm_quant.checkpoint.index import INDEX_NAME
 from glm_quant.checkpoint.reader import Checkpoint
+from tests.plain import PLAIN
 
 from ..conftest import Edit
 
@@ -29,6 +30,7 @@ HOLD = """
 import sys, time
 from pathlib import Path
 from glm_quant.workspace import Workspace
+from tests.plain import PLAIN
 workspace = Workspace(Path(sys.argv[1]))
 workspace.create()
 with workspace.locked():
@@ -49,7 +51,7 @@ def refused(*arguments: str | Path, code: int) -> str:
     return said
 
 
-def refuse_convert(source: Path, output: Path, recipe: str | Path = "demo", code: int = 2) -> str:
+def refuse_convert(source: Path, output: Path, recipe: str | Path = PLAIN, code: int = 2) -> str:
     return refused("convert", "--source", source, "--recipe", recipe, "--output", output, code=code)
 
 
@@ -61,7 +63,7 @@ def output(tmp_path: Path) -> Path:
 @pytest.fixture
 def good_output(small: Path, output: Path) -> dict[str, str]:
     """Give the digests of a good build that stands in `output`."""
-    options = ["--source", str(small), "--recipe", "demo", "--output", str(output)]
+    options = ["--source", str(small), "--recipe", PLAIN, "--output", str(output)]
     result = CliRunner().invoke(app, ["convert", *options])
     assert result.exit_code == 0, result.stderr
     return contents(output)
@@ -90,7 +92,7 @@ def test_missing_shard(command: str, small_copy: Path, output: Path) -> None:
     """A shard that is not there is named, with how many are missing of how many."""
     (small_copy / "model-00003-of-00029.safetensors").unlink()
     arguments = ["--output", output] if command == "convert" else []
-    said = refused(command, "--source", small_copy, "--recipe", "demo", *arguments, code=2)
+    said = refused(command, "--source", small_copy, "--recipe", PLAIN, *arguments, code=2)
     assert "MissingTensorError" in said
     assert "1 of 29 shards are missing, the first is model-00003-of-00029.safetensors" in said
     assert not output.exists()
@@ -185,7 +187,7 @@ def test_nan_and_inf(
     assert "row 7, column 104" in said
     assert not (output / "manifest.json").exists()
     (small_copy / shard).write_bytes(original)
-    options = ["--source", str(small_copy), "--recipe", "demo", "--output", str(output)]
+    options = ["--source", str(small_copy), "--recipe", PLAIN, "--output", str(output)]
     assert CliRunner().invoke(app, ["convert", *options]).exit_code == 0
 
 
@@ -230,7 +232,7 @@ def test_wrong_recipe(command: str, small: Path, output: Path, tmp_path: Path) -
 @pytest.mark.parametrize("command", ["convert", "plan"])
 def test_source_that_is_not_there(command: str, tmp_path: Path, output: Path) -> None:
     """A folder that does not exist, or that is no checkpoint, is named."""
-    arguments = ["--recipe", "demo", *(["--output", output] if command == "convert" else [])]
+    arguments = ["--recipe", PLAIN, *(["--output", output] if command == "convert" else [])]
     said = refused(command, "--source", tmp_path / "none", *arguments, code=2)
     assert f"SourceError {tmp_path / 'none'}: there is no such folder" in said
     said = refused(command, "--source", tmp_path, *arguments, code=2)
@@ -239,7 +241,7 @@ def test_source_that_is_not_there(command: str, tmp_path: Path, output: Path) ->
 
 def test_no_workers(small: Path, output: Path) -> None:
     """Fewer than one worker is bad input."""
-    options = ("--source", small, "--recipe", "demo", "--output", output)
+    options = ("--source", small, "--recipe", PLAIN, "--output", output)
     said = refused("convert", *options, "--workers", "-1", code=2)
     assert "-1 workers cannot work" in said or "Invalid value" in said
 
@@ -322,7 +324,7 @@ def test_disk_that_fills_up(small: Path, tmp_path: Path, good_output: dict[str, 
         "shutil.disk_usage = lambda p: usage('/')\n"
         "from flows.cli import main; main()\n"
     )
-    options = ["--source", str(small), "--recipe", "demo", "--output", str(disk / "build")]
+    options = ["--source", str(small), "--recipe", PLAIN, "--output", str(disk / "build")]
     python = [sys.executable, "-c", script, "convert", *options]
     steps = (
         '"$@"; code=$?; test $code = 1 || exit 99; ls -A "$0"; '
@@ -380,7 +382,7 @@ def test_real_process(small_copy: Path, output: Path) -> None:
     """As a process of its own: exit code 2, the message on stderr, stdout empty, no traceback."""
     (small_copy / "config.json").unlink()
     found = subprocess.run(
-        [COMMAND, "convert", "--source", small_copy, "--recipe", "demo", "--output", output],
+        [COMMAND, "convert", "--source", small_copy, "--recipe", PLAIN, "--output", output],
         capture_output=True,
         text=True,
         check=False,

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 
 from glm_quant.calibration import calibrate as calibration
-from glm_quant.calibration.calibrate import calibrate, calibration_tokens
+from glm_quant.calibration.calibrate import calibrate
 from glm_quant.calibration.observe import Listener
+from glm_quant.calibration.texts import package_code
 from glm_quant.checkpoint.reader import Checkpoint
 from glm_quant.errors import IntegrityError, OutputError, RecipeError
 from glm_quant.evaluation.weights import SourceWeights
@@ -50,14 +51,14 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def folder(source: Checkpoint, text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An imatrix folder."""
     output = tmp_path_factory.mktemp("imatrix") / "imatrix"
-    calibrate(source, calibration_tokens(source, [text], TOKENS, CONTEXT), output)
+    calibrate(source, package_code(source, [text], TOKENS, CONTEXT), output)
     return output
 
 
 def test_energies_are_those_of_the_inputs(source: Checkpoint, text: Path, folder: Path) -> None:
     """Energies equal those of a whole layer that runs by itself on the same embeddings."""
     weights = SourceWeights(source)
-    batch = calibration_tokens(source, [text], TOKENS, CONTEXT).sequences
+    batch = package_code(source, [text], TOKENS, CONTEXT).sequences
     layer = weights.layer(0)
     seen: dict[str, list[np.ndarray]] = {"down": [], "out": []}
     layer.mlp.down_proj = Listener(layer.mlp.down_proj, seen["down"].append)
@@ -90,7 +91,7 @@ def test_interrupted_pass_goes_on(
     source: Checkpoint, text: Path, folder: Path, tmp_path: Path
 ) -> None:
     """A pass that dies in a later layer goes on there and leaves the same bytes."""
-    batch = calibration_tokens(source, [text], TOKENS, CONTEXT)
+    batch = package_code(source, [text], TOKENS, CONTEXT)
 
     def stop(done: int, total: int) -> None:
         del total
@@ -148,7 +149,7 @@ def test_search_uses_it(folder: Path, tmp_path: Path) -> None:
 def factors(source: Checkpoint, text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An imatrix folder with factors."""
     output = tmp_path_factory.mktemp("factors") / "imatrix"
-    calibrate(source, calibration_tokens(source, [text], TOKENS, CONTEXT), output, factors=True)
+    calibrate(source, package_code(source, [text], TOKENS, CONTEXT), output, factors=True)
     return output
 
 
@@ -158,7 +159,7 @@ def test_factors_come_from_the_inputs(source: Checkpoint, text: Path, factors: P
     seen: list[np.ndarray] = []
     layer = weights.layer(0)
     layer.self_attn.o_proj = Listener(layer.self_attn.o_proj, seen.append)
-    for sequence in calibration_tokens(source, [text], TOKENS, CONTEXT).sequences:
+    for sequence in package_code(source, [text], TOKENS, CONTEXT).sequences:
         x = mx.array(weights.embed(sequence))[None]
         mx.eval(layer(x, weights.runtime.Span.of(None), None, None)[0])
     met = np.concatenate([part.reshape(-1, part.shape[-1]) for part in seen]).astype(np.float64)
@@ -212,7 +213,7 @@ def test_folder_that_is_none(tmp_path: Path, folder: Path, source: Checkpoint, t
         open_conversion(tiny_glm_path(), str(recipe(tmp_path, str(tmp_path))), tmp_path / "build")
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "notes.txt").write_text("keep")
-    batch = calibration_tokens(source, [text], TOKENS, CONTEXT)
+    batch = package_code(source, [text], TOKENS, CONTEXT)
     with pytest.raises(OutputError, match=r"holds something else \(notes\.txt\)"):
         calibrate(source, batch, tmp_path / "mine")
     assert ImatrixRecord.load(folder / "imatrix.json") is not None

@@ -29,6 +29,7 @@ from glm_quant.recipe import DivergenceSettings, Recipe, load_recipe
 from glm_quant.settings import Bound
 from glm_quant.testbed import tiny_glm_path
 from tests.hub_server import HubServer
+from tests.plain import PLAIN
 
 # As tests/parity: what two orders of summation in float32 make of the small checkpoint's logits.
 BOUND = 2e-5
@@ -58,7 +59,7 @@ def make_build(tmp_path_factory: pytest.TempPathFactory, prepare: Callable[..., 
 
 @pytest.fixture(scope="module")
 def build(make_build: Callable[[str], Path]) -> Path:
-    return make_build("demo")
+    return make_build(PLAIN)
 
 
 @pytest.fixture(scope="module")
@@ -313,7 +314,7 @@ def test_builds_are_compared_sequence_by_sequence(
     tmp_path: Path,
 ) -> None:
     """A build with experts in 8 bits is nearer to the source, by a paired error; a bound tells."""
-    demo = load_recipe("demo")
+    demo = load_recipe(PLAIN)
     finer = [rule.model_copy(update={"bits": 8}) if rule.bits else rule for rule in demo.rules]
     better = make_build(demo.model_copy(update={"rules": tuple(finer), "quantizer": "minmax"}))
     other = divergence(source, better, tokens, tmp_path, references=folder)

@@ -24,6 +24,7 @@ from glm_quant.fingerprint import fingerprint
 from glm_quant.recipe import load_recipe
 from glm_quant.settings import Bound, CoherenceSettings, EvaluationSettings
 from glm_quant.testbed import held_out_text, tiny_glm_path
+from tests.plain import PLAIN
 
 SETTINGS = EvaluationSettings(
     perplexity_tokens=320,
@@ -40,7 +41,7 @@ SETTINGS = EvaluationSettings(
 @pytest.fixture(scope="module")
 def build(tmp_path_factory: pytest.TempPathFactory, prepare: Callable) -> Path:
     """Give a finished build of the shipped checkpoint. Not to be written to."""
-    made = prepare(tiny_glm_path(), tmp_path_factory.mktemp("evaluated"), load_recipe("demo"))
+    made = prepare(tiny_glm_path(), tmp_path_factory.mktemp("evaluated"), load_recipe(PLAIN))
     made.complete_all()
     made.assemble()
     return made.output

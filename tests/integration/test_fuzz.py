@@ -20,6 +20,7 @@ from flows.cli import app
 from glm_quant.checkpoint.header import ITEM_SIZE, TensorInfo, header_length, parse_header
 from glm_quant.checkpoint.index import INDEX_NAME, parse_index
 from glm_quant.errors import CheckpointError
+from tests.plain import PLAIN
 
 SHARD = "model-00002-of-00029.safetensors"
 HEADERS, INDEXES = 1_000, 500
@@ -230,7 +231,7 @@ def test_the_whole_command(small: Path, tmp_path: Path, what: str) -> None:
         os.link(path, source / path.name)
     weight_map = parse_index((small / INDEX_NAME).read_bytes()).weight_map
     target = source / (SHARD if what == "header" else INDEX_NAME)
-    options = ["convert", "--source", str(source), "--recipe", "demo"]
+    options = ["convert", "--source", str(source), "--recipe", PLAIN]
     options += ["--output", str(tmp_path / "around" / "out" / "build")]
     for seed in range(12):
         chance = random.Random(seed)

@@ -27,6 +27,7 @@ from glm_quant.recipe import Recipe
 from glm_quant.testbed import tiny_glm_path
 from glm_quant.testbed.synthetic import small_config, write_checkpoint
 from tests.hub_server import Content, Fault, HubServer
+from tests.plain import PLAIN
 
 QUICK = Patience(tries=5, first_seconds=0.01, longest_seconds=0.05)
 SECONDS = httpx2.Timeout(0.6)
@@ -358,7 +359,7 @@ def tiny() -> Path:
 def tiny_build(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What the command line makes of the tiny checkpoint in a folder."""
     output = tmp_path_factory.mktemp("tiny") / "build"
-    command = [*CONVERT, "--source", str(tiny), "--recipe", "demo", "--output", str(output)]
+    command = [*CONVERT, "--source", str(tiny), "--recipe", PLAIN, "--output", str(output)]
     subprocess.run(command, check=True, capture_output=True)
     return output
 
@@ -454,7 +455,7 @@ def test_the_command_line_reads_from_the_hub_and_keeps_the_secret(
         "HF_TOKEN": TOKEN,
         "HF_HUB_DISABLE_TELEMETRY": "1",
     }
-    common = ["--recipe", "demo", "--verbose"]
+    common = ["--recipe", PLAIN, "--verbose"]
     command = [*CONVERT, "--source", "hf://org/tiny@main", *common]
     command += ["--output", str(tmp_path / "hub")]
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=120)
@@ -498,7 +499,7 @@ def test_a_conversion_that_was_killed_goes_on(
     """kill -9 while shards come in, twice; then the same command ends in the same bytes."""
     hub.add_folder("org/tiny", tiny)
     env = {**os.environ, "HF_ENDPOINT": hub.url}
-    command = [*CONVERT, "--source", "hf://org/tiny@main", "--recipe", "demo", "--output"]
+    command = [*CONVERT, "--source", "hf://org/tiny@main", "--recipe", PLAIN, "--output"]
     output = tmp_path / "hub"
     cache = tmp_path / ".hub.glm-quant" / "source"
     hub.rate = 8_000_000

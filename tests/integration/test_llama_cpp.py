@@ -8,8 +8,9 @@ import pytest
 from typer.testing import CliRunner
 
 from flows.cli import app
-from glm_quant.calibration.calibrate import calibrate, calibration_tokens
+from glm_quant.calibration.calibrate import calibrate
 from glm_quant.calibration.llama_cpp import read_llama_cpp, write_llama_cpp
+from glm_quant.calibration.texts import package_code
 from glm_quant.checkpoint.reader import Checkpoint
 from glm_quant.errors import IntegrityError, OutputError, RecipeError
 from glm_quant.quantize.imatrix import Imatrix
@@ -23,7 +24,7 @@ def ours(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An imatrix folder of the small checkpoint."""
     folder = tmp_path_factory.mktemp("imatrix") / "ours"
     source = Checkpoint.open(tiny_glm_path())
-    calibrate(source, calibration_tokens(source, None, 64, 64, total=512), folder)
+    calibrate(source, package_code(source, None, 64, 64, total=512), folder)
     return folder
 
 

@@ -29,6 +29,7 @@ from glm_quant.testbed import held_out_text, tiny_glm_path
 from tests.conftest import with_quantizer
 from tests.hub_server import HubServer
 from tests.hub_server.content import Content
+from tests.plain import PLAIN
 
 pytest.importorskip("lm_eval")
 
@@ -83,7 +84,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def build(tmp_path_factory: pytest.TempPathFactory, prepare: Callable) -> Path:
     """Give a finished build of the shipped checkpoint. Not to be written to."""
-    recipe = with_quantizer(load_recipe("demo"), "minmax")
+    recipe = with_quantizer(load_recipe(PLAIN), "minmax")
     made = prepare(tiny_glm_path(), tmp_path_factory.mktemp("build"), recipe)
     made.complete_all()
     made.assemble()

@@ -18,6 +18,7 @@ from glm_quant.hub.retry import Patience
 from glm_quant.hub.s3 import S3Source, parse_s3_uri
 from glm_quant.testbed import tiny_glm_path
 from tests.hub_server.proxy import Proxy, Spoil
+from tests.plain import PLAIN
 from tests.s3_server import KEYS, connect
 
 QUICK = Patience(tries=5, first_seconds=0.01, longest_seconds=0.05)
@@ -202,7 +203,7 @@ def test_the_command_line_reads_from_s3(weed: tuple[str, int], tmp_path: Path) -
         client.upload_file(str(path), "conversion", f"tiny/{path.name}")
     env = {**os.environ, **KEYS, "AWS_ENDPOINT_URL": url, "AWS_DEFAULT_REGION": "us-east-1"}
     for name, source in {"folder": str(tiny_glm_path()), "s3": "s3://conversion/tiny"}.items():
-        command = [*CONVERT, "--source", source, "--recipe", "demo", "--output"]
+        command = [*CONVERT, "--source", source, "--recipe", PLAIN, "--output"]
         command += [str(tmp_path / name), "--window", "2"]
         done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=120)
         assert done.returncode == 0, done.stderr

@@ -319,7 +319,7 @@ def test_numbers_are_those_of_the_records(card: str) -> None:
         "743.4B parameters, 40.30B active per token",
         "| Bits per weight | **2.560** |",
         "| **3.700 ± 0.042** |",
-        "| Routed experts | 2-bit g64 search | 724.8B | 97.5 % | 226.5 GB | 95.2 % |",
+        "| Routed experts | 2-bit g64 gptq | 724.8B | 97.5 % | 226.5 GB | 95.2 % |",
         "| KL divergence to the source, mean, nats | 0.3210 | ≤ 0.8 |",
         "| Same most likely token as the source | 81.5 % | ≥ 70.0 % |",
         "| 512 | 128.0 | 20.0 | 238.1 GB |",
@@ -455,9 +455,7 @@ def test_plan_summary_has_exact_totals(plan: Plan) -> None:
     assert "743,377,019,904 parameters at 2.56005 bits per weight" in text
     assert "237,885,660,672 bytes of tensors in 46 shards" in text
     assert "240.0 GB of memory to read 8K tokens" in text
-    assert re.search(
-        r"Routed experts +724\.8B +97\.5 % +2-bit g64 search +226\.5 GB +95\.2 %", text
-    )
+    assert re.search(r"Routed experts +724\.8B +97\.5 % +2-bit g64 gptq +226\.5 GB +95\.2 %", text)
 
 
 def test_result_summary_reads_like_a_result(inputs: CardInputs, tmp_path: Path) -> None:

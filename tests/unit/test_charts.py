@@ -96,7 +96,7 @@ def test_themes_have_files_of_their_own(shown: dict[str, Chart]) -> None:
 def test_alt_text_of_the_recipe_has_each_groups_share(shown: dict[str, Chart]) -> None:
     """97.5 % of parameters and 95.2 % of bytes are the experts'."""
     alt = shown["recipe"].alt
-    assert "Routed experts 2-bit g64 search, 97.5 % of parameters and 95.2 % of bytes" in alt
+    assert "Routed experts 2-bit g64 gptq, 97.5 % of parameters and 95.2 % of bytes" in alt
     assert alt.count(" of bytes") == 9
 
 

@@ -10,6 +10,7 @@ import pytest
 from glm_quant.errors import DiskSpaceError, InputError, IntegrityError, MissingTensorError
 from glm_quant.quantize.convert import ShardRecord
 from glm_quant.recipe import Recipe, load_recipe
+from tests.plain import PLAIN
 
 from ..conftest import Made, with_quantizer
 
@@ -47,7 +48,7 @@ def test_unwritten_shard_has_no_manifest_beside_it(made: Made) -> None:
 
 def test_fingerprint_sees_what_decides_bytes(small: Path, tmp_path: Path, prepare: Prepare) -> None:
     """Another scheme, another source file or another layout gives another fingerprint."""
-    recipe = load_recipe("demo")
+    recipe = load_recipe(PLAIN)
     plain = prepare(small, tmp_path, recipe).conversion
     same = prepare(small, tmp_path / "other", recipe, 2).conversion
     assert plain.fingerprint(0) == same.fingerprint(0)
@@ -65,7 +66,7 @@ def test_another_quantizer_remakes_what_it_is_for(
     small: Path, tmp_path: Path, prepare: Prepare
 ) -> None:
     """A quantizer named in one rule changes the shards with that rule's weights, and no others."""
-    recipe = with_quantizer(load_recipe("demo"), "minmax")
+    recipe = with_quantizer(load_recipe(PLAIN), "minmax")
     recipe = recipe.model_copy(update={"shard_bytes": 100_000})
     rules = tuple(
         rule.model_copy(update={"quantizer": "search"}) if rule.group == "routed_experts" else rule

@@ -28,6 +28,7 @@ from glm_quant.quantize.scheme import Quantized
 from glm_quant.recipe import DivergenceSettings, load_recipe, parse_recipe
 from glm_quant.report.memory import machine_bytes, memory_need, reserved_bytes
 from tests.conftest import Made
+from tests.plain import PLAIN
 
 OPTIONS = st.lists(
     st.lists(
@@ -247,7 +248,7 @@ def test_trial_has_the_values_of_the_build(made: Made) -> None:
 def test_more_bits_cost_less(small: Path, tmp_path: Path) -> None:
     """By all measures; `scaled` is `kl` where it was streamed; what was tried does not stay."""
     source = Checkpoint.open(small)
-    recipe = load_recipe("demo")
+    recipe = load_recipe(PLAIN)
     parts = divide(make_plan(source, recipe), recipe, 1, {})
     part = next(part for part in parts if part.kind.title == "routed_experts down")
     wanted = [

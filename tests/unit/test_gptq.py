@@ -1,7 +1,6 @@
 """`gptq`: less output error than `search` in the same bytes, and the same bytes every time."""
 
 import hashlib
-import json
 
 import mlx.core as mx
 import numpy as np
@@ -9,13 +8,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from glm_quant.errors import RecipeError
 from glm_quant.quantize import gptq
 from glm_quant.quantize.affine import from_float32, to_float32
 from glm_quant.quantize.gptq import quantize_gptq
 from glm_quant.quantize.imatrix import DAMPING, factor_of
 from glm_quant.quantize.search import quantize_search
-from glm_quant.recipe import parse_recipe
 
 WIDTH, ROWS = 128, 48
 
@@ -212,14 +209,3 @@ def test_factor_is_that_of_the_inverse() -> None:
     damped += DAMPING * np.trace(damped) / 16 * np.eye(16)
     assert np.allclose(factor, np.triu(factor))
     np.testing.assert_allclose(factor.T @ factor @ damped, np.eye(16), atol=1e-4)
-
-
-def test_recipe_needs_an_imatrix() -> None:
-    """`gptq` without an imatrix is an error that says how to make one."""
-    text = {
-        "name": "r",
-        "description": "d",
-        "rules": [{"group": "attention", "bits": 2, "quantizer": "gptq"}],
-    }
-    with pytest.raises(RecipeError, match="glm-quant calibrate --factors"):
-        parse_recipe(json.dumps(text), "r.yaml")

@@ -68,12 +68,12 @@ def test_groups_of_the_2_56_build(release_plan: Plan) -> None:
     """Each group has the parameters, bytes and scheme of facts §6.1 and §6.2."""
     found = {t.group: (t.params, t.size_bytes, list(t.schemes)) for t in release_plan.groups()}
     assert found == {
-        "routed_experts": (724_775_731_200, 226_492_416_000, ["2-bit g64 search"]),
-        "attention": (12_871_532_544, 7_240_237_056, ["4-bit g64 search"]),
-        "shared_experts": (2_831_155_200, 1_592_524_800, ["4-bit g64 search"]),
-        "dense_mlp": (679_477_248, 382_205_952, ["4-bit g64 search"]),
-        "embeddings": (951_582_720, 773_160_960, ["6-bit g64 search"]),
-        "lm_head": (951_582_720, 773_160_960, ["6-bit g64 search"]),
+        "routed_experts": (724_775_731_200, 226_492_416_000, ["2-bit g64 gptq"]),
+        "attention": (12_871_532_544, 7_240_237_056, ["4-bit g64 gptq"]),
+        "shared_experts": (2_831_155_200, 1_592_524_800, ["4-bit g64 gptq"]),
+        "dense_mlp": (679_477_248, 382_205_952, ["4-bit g64 gptq"]),
+        "embeddings": (951_582_720, 773_160_960, ["6-bit g64 gptq"]),
+        "lm_head": (951_582_720, 773_160_960, ["6-bit g64 gptq"]),
         "router": (117_984_000, 235_929_600 + 76_800, ["bf16", "f32"]),
         "indexer": (196_809_984, 393_619_968, ["f16"]),
         "norms": (1_164_288, 2_328_576, ["bf16"]),

@@ -1,0 +1,136 @@
+"""A build's own calibration: what its recipe wants, made once in the build's workspace.
+
+`run` makes it as a stage, `convert` before it begins. What a reader would get wrong: the record's
+fingerprint is of texts and files, so that it is known without a tokenizer; what was made of them is
+in the digests that each weight's own fingerprint has.
+"""
+
+from pathlib import Path
+
+from glm_quant.artifact import FileDigest, Record
+from glm_quant.calibration.calibrate import VERSION, calibrate
+from glm_quant.calibration.texts import calibration_set, calibration_texts, require_apart
+from glm_quant.checkpoint.reader import Checkpoint
+from glm_quant.errors import RecipeError
+from glm_quant.evaluation.divergence import reference_key
+from glm_quant.evaluation.perplexity import digest_text
+from glm_quant.fingerprint import Canonical, fingerprint
+from glm_quant.quantize.convert import Progress
+from glm_quant.quantize.imatrix import RECORD_NAME
+from glm_quant.recipe import Recipe
+from glm_quant.settings import CalibrationSettings
+from glm_quant.workspace import Workspace
+
+STAGE = "calibrate"
+
+_TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
+
+
+class CalibrationRecord(Record):
+    """What a build was calibrated on.
+
+    Attributes:
+        slices: tokens of each slice.
+        tokens: of all.
+        experts: routed experts of all layers.
+        thin: of them met too few tokens and have their layer's mean instead.
+        unseen: of them met none.
+        weights: how many weights have energies.
+        factors: how many files of factors there are.
+    """
+
+    slices: dict[str, int]
+    tokens: int
+    experts: int
+    thin: int
+    unseen: int
+    weights: int
+    factors: int
+
+
+def calibration_inputs(checkpoint: Checkpoint, recipe: Recipe) -> Canonical:
+    """Return what decides a build's own calibration."""
+    settings = _settings(recipe)
+    identities: dict[str, Canonical] = {
+        name: checkpoint.files[name].identity for name in _TOKENIZER if name in checkpoint.files
+    }
+    return {
+        "version": VERSION,
+        "settings": settings.model_dump_json(exclude={"memory_gb", "texts"}),
+        "texts": {name: digest_text(text) for name, text in calibration_texts(settings).items()},
+        "factors": recipe.wants_factors,
+        "source": reference_key(checkpoint, fingerprint(identities)),
+    }
+
+
+def calibration_fingerprint(checkpoint: Checkpoint, recipe: Recipe) -> str:
+    """Return the fingerprint of a build's own calibration."""
+    return fingerprint({"stage": STAGE, "inputs": calibration_inputs(checkpoint, recipe)})
+
+
+def imatrix_folder(workspace: Workspace) -> Path:
+    """Return where a build's own calibration stands."""
+    return workspace.calibration / "imatrix"
+
+
+def record_path(workspace: Workspace) -> Path:
+    """Return where its record stands."""
+    return workspace.records / f"{STAGE}.json"
+
+
+def standing_imatrix(checkpoint: Checkpoint, recipe: Recipe, workspace: Workspace) -> Path | None:
+    """Return the folder of a build's own calibration, if it wants one and has today's."""
+    if recipe.own_calibration is None or not checkpoint.has_weights:
+        return None
+    record = CalibrationRecord.load(record_path(workspace))
+    if record is None or not record.is_whole(workspace.root):
+        return None
+    today = record.fingerprint == calibration_fingerprint(checkpoint, recipe)
+    return imatrix_folder(workspace) if today else None
+
+
+def calibrate_build(
+    checkpoint: Checkpoint, recipe: Recipe, workspace: Workspace, progress: Progress
+) -> CalibrationRecord:
+    """Make what a recipe wants, or what is missing of it; the caller holds the workspace.
+
+    Returns:
+        The record, to be saved at `record_path`.
+
+    Raises:
+        RecipeError: a text cannot be read, or is one that is evaluated.
+        EvaluationError: the memory is too small for the longest sequence.
+    """
+    settings = _settings(recipe)
+    require_apart(recipe, settings)
+    tokens = calibration_set(checkpoint, settings)
+    folder = imatrix_folder(workspace)
+    made = calibrate(
+        checkpoint,
+        tokens,
+        folder,
+        factors=recipe.wants_factors,
+        memory_bytes=settings.memory_bytes,
+        progress=progress,
+    )
+    counts = [count for layer in made.coverage.values() for count in layer]
+    inside = folder.relative_to(workspace.root)
+    files = [FileDigest.of(folder, RECORD_NAME), *made.outputs]
+    return CalibrationRecord(
+        fingerprint=calibration_fingerprint(checkpoint, recipe),
+        outputs=[file.model_copy(update={"path": str(inside / file.path)}) for file in files],
+        slices={part.name: sum(map(len, part.sequences)) for part in tokens.slices},
+        tokens=made.tokens,
+        experts=len(counts),
+        thin=sum(count < made.least_tokens for count in counts),
+        unseen=sum(count == 0 for count in counts),
+        weights=len(made.weights),
+        factors=len({w.factor for w in made.weights.values() if w.factor}),
+    )
+
+
+def _settings(recipe: Recipe) -> CalibrationSettings:
+    settings = recipe.own_calibration
+    if settings is None:
+        raise RecipeError(f"{recipe.file}: the recipe wants no calibration of its own.")
+    return settings
