@@ -47,7 +47,7 @@ def compare(data: bytes, progress: Progress) -> DivergenceRecord:
         make_token_set(source, settings),
         request.folder,
         references=None if shared is None else Path(shared).expanduser(),
-        memory_bytes=None if settings.memory_gb is None else int(settings.memory_gb * 1e9),
+        memory_bytes=settings.memory_bytes,
         progress=progress,
     )
 
