@@ -24,8 +24,8 @@ from glm_quant.quantize.affine import Bits, from_float32, recoder, to_float32
 from glm_quant.quantize.gptq_group import Group
 from glm_quant.quantize.search import quantize_search
 
-# Rows that go through all columns together: each tile of U is fetched once for all of them.
-_ROWS = 128
+# Rows that go through all columns together, at 6 MB for GLM-5.2's widest.
+_ROWS = 256
 # Columns of a tile: with a group's rows of U, 32 KB.
 _TILE = 128
 
