@@ -21,7 +21,7 @@ from glm_quant.errors import OutputError
 from glm_quant.evaluation.activations import load_arrays, save_arrays
 from glm_quant.evaluation.divergence import half_of_memory, reference_key
 from glm_quant.evaluation.memory_plan import disk_bytes, plan_memory
-from glm_quant.evaluation.streaming import stream_states
+from glm_quant.evaluation.streaming import Party, stream_together
 from glm_quant.evaluation.token_set import TokenSet
 from glm_quant.evaluation.weights import SourceWeights
 from glm_quant.fingerprint import fingerprint
@@ -52,6 +52,7 @@ def calibrate(
     factors: bool = False,
     memory_bytes: int | None = None,
     progress: Callable[[int, int], None] | None = None,
+    beside: Party | None = None,
 ) -> ImatrixRecord:
     """Make an imatrix folder, or return the record of the one that stands.
 
@@ -63,6 +64,8 @@ def calibrate(
             square float32 matrix (GLM-5.2: about 0.35 GB a layer, and as much again meanwhile).
         memory_bytes: what the pass may take; default: half of the machine's memory.
         progress: called with layers done and layers to do.
+        beside: other tokens that walk along, see `reference_beside`: the source is read once for
+            both. Memory for them comes on top.
 
     Raises:
         OutputError: the folder holds something else.
@@ -91,13 +94,14 @@ def calibrate(
             f"{output}: the folder holds something else ({strangers[0]}). Choose an empty folder "
             "for --output."
         )
-    beside = Workspace(output.with_name(f".{output.name}.glm-quant"))
-    beside.create()
-    with beside.locked():
-        states = beside.scratch / key[:16]
-        keeper = _pass(source, tokens, states, memory_bytes or half_of_memory(), factors, progress)
+    aside = Workspace(output.with_name(f".{output.name}.glm-quant"))
+    aside.create()
+    with aside.locked():
+        states = aside.scratch / key[:16]
+        memory = memory_bytes or half_of_memory()
+        keeper = _pass(source, tokens, states, memory, factors, progress, beside)
         record = _write(source, tokens, output, key, keeper)
-        shutil.rmtree(beside.scratch)
+        shutil.rmtree(aside.scratch)
     return record
 
 
@@ -108,6 +112,7 @@ def _pass(
     memory_bytes: int,
     factors: bool,
     progress: Callable[[int, int], None] | None,
+    beside: Party | None,
 ) -> "_Keeper":
     """Stream the source with listeners in it; returns who has the sums of all layers."""
     weights = SourceWeights(source)
@@ -117,7 +122,8 @@ def _pass(
     folder.mkdir(parents=True, exist_ok=True)
     require_space(folder, disk_bytes(geometry, sum(lengths)), "the hidden states of a pass")
     keeper = _Keeper(folder, geometry, len(plan.waves), factors)
-    stream_states(weights, tokens.sequences, plan, folder, progress, keeper)
+    parties = [Party(tokens.sequences, plan, folder, keeper)]
+    stream_together(weights, parties + ([beside] if beside else []), progress)
     return keeper
 
 

@@ -82,6 +82,7 @@ class Observer:
         """Remember how many routed experts a layer has, and whether covariances are wanted."""
         self._experts = experts
         self._grams = grams
+        self._replaced: list[tuple[Any, str, Any]] = []
         self.sums: dict[str, Sums] = {}
 
     def watch(self, layer: Any, index: int) -> None:
@@ -92,6 +93,12 @@ class Observer:
             self._watch_mlp(layer.mlp, f"{path}.mlp")
         elif "shared_experts" in layer.mlp:
             self._watch_mlp(layer.mlp.shared_experts, f"{path}.mlp.shared_experts")
+
+    def leave(self) -> None:
+        """Take the listeners out again."""
+        for parent, name, module in reversed(self._replaced):
+            setattr(parent, name, module)
+        self._replaced.clear()
 
     def routed(self, index: int, expert: int, x: mx.array, middle: mx.array) -> None:
         """Add what an expert's tokens brought: its input, and what its down projection met."""
@@ -116,7 +123,7 @@ class Observer:
 
         attention.q_b_proj.showing_output(queries)
         norm = Listener(attention.kv_a_layernorm, lambda _: None).showing_output(latents)
-        attention.kv_a_layernorm = norm
+        self._replace(attention, "kv_a_layernorm", norm)
 
     def _watch_mlp(self, mlp: Any, path: str) -> None:
         for name in ("gate_proj", "up_proj", "down_proj"):
@@ -124,7 +131,11 @@ class Observer:
 
     def _listen(self, module: Any, name: str, path: str) -> None:
         listener = Listener(module[name], lambda x: self._add(f"{path}.{name}", x))
-        setattr(module, name, listener)
+        self._replace(module, name, listener)
+
+    def _replace(self, parent: Any, name: str, listener: Listener) -> None:
+        self._replaced.append((parent, name, parent[name]))
+        setattr(parent, name, listener)
 
     def _add(self, path: str, x: Floats) -> None:
         self._of(path, 1, x.shape[-1]).add(0, x.reshape(-1, x.shape[-1]))

@@ -5,6 +5,7 @@ fingerprint is of texts and files, so that it is known without a tokenizer; what
 in the digests that each weight's own fingerprint has.
 """
 
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 from glm_quant.artifact import FileDigest, Record
@@ -12,8 +13,10 @@ from glm_quant.calibration.calibrate import VERSION, calibrate
 from glm_quant.calibration.texts import calibration_set, calibration_texts, require_apart
 from glm_quant.checkpoint.reader import Checkpoint
 from glm_quant.errors import RecipeError
-from glm_quant.evaluation.divergence import reference_key
+from glm_quant.evaluation.divergence import half_of_memory, reference_beside, reference_key
 from glm_quant.evaluation.perplexity import digest_text
+from glm_quant.evaluation.streaming import Party
+from glm_quant.evaluation.token_set import make_token_set
 from glm_quant.fingerprint import Canonical, fingerprint
 from glm_quant.quantize.convert import Progress
 from glm_quant.quantize.imatrix import RECORD_NAME
@@ -90,9 +93,21 @@ def standing_imatrix(checkpoint: Checkpoint, recipe: Recipe, workspace: Workspac
 
 
 def calibrate_build(
-    checkpoint: Checkpoint, recipe: Recipe, workspace: Workspace, progress: Progress
+    checkpoint: Checkpoint,
+    recipe: Recipe,
+    workspace: Workspace,
+    progress: Progress,
+    *,
+    reference: bool = False,
 ) -> CalibrationRecord:
     """Make what a recipe wants, or what is missing of it; the caller holds the workspace.
+
+    Args:
+        checkpoint: the source.
+        recipe: wants a calibration of its own.
+        workspace: of the build.
+        progress: called with layers done and layers to do.
+        reference: make in the same pass what the divergence stage wants of the source.
 
     Returns:
         The record, to be saved at `record_path`.
@@ -105,14 +120,18 @@ def calibrate_build(
     require_apart(recipe, settings)
     tokens = calibration_set(checkpoint, settings)
     folder = imatrix_folder(workspace)
-    made = calibrate(
-        checkpoint,
-        tokens,
-        folder,
-        factors=recipe.wants_factors,
-        memory_bytes=settings.memory_bytes,
-        progress=progress,
-    )
+    # What one wave takes must not depend on who walks along: rounding does, and so do bytes.
+    memory = (settings.memory_bytes or half_of_memory()) // 2
+    with _reference(checkpoint, recipe, workspace, memory) if reference else nullcontext() as party:
+        made = calibrate(
+            checkpoint,
+            tokens,
+            folder,
+            factors=recipe.wants_factors,
+            memory_bytes=memory,
+            progress=progress,
+            beside=party,
+        )
     counts = [count for layer in made.coverage.values() for count in layer]
     inside = folder.relative_to(workspace.root)
     files = [FileDigest.of(folder, RECORD_NAME), *made.outputs]
@@ -126,6 +145,19 @@ def calibrate_build(
         unseen=sum(count == 0 for count in counts),
         weights=len(made.weights),
         factors=len({w.factor for w in made.weights.values() if w.factor}),
+    )
+
+
+def _reference(
+    checkpoint: Checkpoint, recipe: Recipe, workspace: Workspace, memory_bytes: int
+) -> AbstractContextManager[Party | None]:
+    settings = recipe.divergence
+    folder = Path(settings.references).expanduser() if settings.references else None
+    return reference_beside(
+        checkpoint,
+        make_token_set(checkpoint, settings),
+        folder or workspace.divergence,
+        min(memory_bytes, settings.memory_bytes or memory_bytes),
     )
 
 

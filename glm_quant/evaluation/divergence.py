@@ -8,7 +8,8 @@ nothing is cut off to the top few. What a reader would get wrong: the reference 
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
 from importlib.metadata import version
 from os import sysconf
 from pathlib import Path
@@ -32,7 +33,7 @@ from glm_quant.evaluation.divergence_record import (
 )
 from glm_quant.evaluation.figures import hold
 from glm_quant.evaluation.memory_plan import disk_bytes, plan_memory
-from glm_quant.evaluation.streaming import forget_states, sequence_path, stream_states
+from glm_quant.evaluation.streaming import Party, forget_states, sequence_path, stream_states
 from glm_quant.evaluation.token_set import TokenSet
 from glm_quant.evaluation.weights import BuildWeights, SourceWeights, Weights
 from glm_quant.fingerprint import Canonical, fingerprint
@@ -95,6 +96,39 @@ def divergence(
     return record
 
 
+@contextmanager
+def reference_beside(
+    source: Checkpoint, tokens: TokenSet, folder: Path, memory_bytes: int
+) -> Generator[Party | None]:
+    """Make the source's record in a pass that reads the source anyway.
+
+    Args:
+        source: the bf16 checkpoint, anywhere.
+        tokens: as `divergence` gets them.
+        folder: its `references`, or its `folder`.
+        memory_bytes: what this part of the pass may take.
+
+    Yields:
+        Who is to walk along, in the block; None where the record stands already.
+
+    Raises:
+        EvaluationError: the memory is too small for the longest sequence.
+        DiskSpaceError: the disk is too small for the states.
+        BusyError: another process is making the same reference.
+    """
+    work = _Work(source, tokens, memory_bytes)
+    with work.reference_folder(folder) as (place, record):
+        if record is not None:
+            yield None
+            return
+        work.require_space(place)
+        started = work.begin()
+        yield Party(work.sequences, work.plan, place)
+        paths = [sequence_path(place, number) for number in range(len(work.sequences))]
+        if all(path.exists() for path in paths):  # else the other pass had nothing to do
+            work.keep_reference(place, work.facts(work.source, started))
+
+
 def build_folder(folder: Path, record: DivergenceRecord) -> Path:
     """Return the folder, inside the one given to `divergence`, that a record's outputs are in."""
     return folder / _folder_name(record.fingerprint)
@@ -145,30 +179,42 @@ class _Work:
 
     def reference(self, parent: Path, progress: Progress) -> tuple[ReferenceRecord, Path]:
         """Return the source's record and the folder with its states; makes them if need be."""
+        with self.reference_folder(parent) as (folder, record):
+            if record is None:
+                record = self.keep_reference(folder, self._pass(self.source, folder, progress))
+        return record, folder
+
+    @contextmanager
+    def reference_folder(self, parent: Path) -> Generator[tuple[Path, ReferenceRecord | None]]:
+        """Hold the folder of the source's states; gives it, and the record if it is whole."""
         folder = parent / f"reference-{self.key[:16]}"
         folder.mkdir(parents=True, exist_ok=True)
         with Workspace(folder).locked():
             record = ReferenceRecord.load(folder / RECORD_NAME)
-            if record is not None and record.is_whole(folder):
-                for output in record.outputs:
-                    output.check(folder)
-                return record, folder
-            done = self._pass(self.source, folder, progress)
-            record = ReferenceRecord(
-                fingerprint=self.key,
-                outputs=[
-                    FileDigest.of(folder, sequence_path(folder, number).name)
-                    for number in range(len(self.sequences))
-                ],
-                source=self.source.checkpoint.source.uri,
-                tokens_sha256=self.tokens.sha256,
-                versions=_versions(),
-                device="gpu" if mx.default_device() == mx.gpu else "cpu",
-                done=done,
-            )
-            record.save(folder / RECORD_NAME)
-            forget_states(folder)
-        return record, folder
+            if record is None or not record.is_whole(folder):
+                yield folder, None
+                return
+            for output in record.outputs:
+                output.check(folder)
+            yield folder, record
+
+    def keep_reference(self, folder: Path, done: PassFacts) -> ReferenceRecord:
+        """Write the record of the source's states, which all stand."""
+        record = ReferenceRecord(
+            fingerprint=self.key,
+            outputs=[
+                FileDigest.of(folder, sequence_path(folder, number).name)
+                for number in range(len(self.sequences))
+            ],
+            source=self.source.checkpoint.source.uri,
+            tokens_sha256=self.tokens.sha256,
+            versions=_versions(),
+            device="gpu" if mx.default_device() == mx.gpu else "cpu",
+            done=done,
+        )
+        record.save(folder / RECORD_NAME)
+        forget_states(folder)
+        return record
 
     def compare(
         self,
@@ -215,12 +261,27 @@ class _Work:
         return record
 
     def _pass(self, weights: Weights, folder: Path, progress: Progress) -> PassFacts:
-        require_space(
-            folder, disk_bytes(self.geometry, sum(self.lengths)), "the hidden states of a pass"
-        )
-        mx.reset_peak_memory()
-        started = time.monotonic()
+        self.require_space(folder)
+        started = self.begin()
         stream_states(weights, self.sequences, self.plan, folder, progress)
+        return self.facts(weights, started)
+
+    def require_space(self, folder: Path) -> None:
+        """Check that the disk has room for the states of a pass.
+
+        Raises:
+            DiskSpaceError: it has not.
+        """
+        size = disk_bytes(self.geometry, sum(self.lengths))
+        require_space(folder, size, "the hidden states of a pass")
+
+    def begin(self) -> float:
+        """Return when a pass begins."""
+        mx.reset_peak_memory()
+        return time.monotonic()
+
+    def facts(self, weights: Weights, started: float) -> PassFacts:
+        """Return how a pass went that ends now."""
         return PassFacts(
             seconds=round(time.monotonic() - started, 3),
             weight_bytes=sum(info.size_bytes for info in weights.checkpoint.tensors.values()),

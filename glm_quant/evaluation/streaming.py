@@ -2,15 +2,18 @@
 
 All sequences pass a layer before the next one is read, so each weight is read once however many
 tokens there are. Attention takes sequence by sequence; the feed-forward takes the tokens of all
-sequences of a wave, grouped by the expert that they chose. What a reader would get wrong: a shared
-layer attends to the keys that the last full layer selected, so selections travel with the hidden
-states from layer to layer, on disk too.
+sequences of a wave, grouped by the expert that they chose. Several *parties* may walk together,
+each with tokens, waves and files of its own: they share the reading of weights and nothing else, so
+each ends with the bytes that it would have had alone. What a reader would get wrong: a shared layer
+attends to the keys that the last full layer selected, so selections travel with the hidden states
+from layer to layer, on disk too.
 """
 
 import logging
 import shutil
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
 from typing import Any, Protocol
@@ -25,7 +28,6 @@ from glm_quant.evaluation.memory_plan import MLP_ROWS, MemoryPlan
 from glm_quant.evaluation.products import product
 from glm_quant.evaluation.weights import Floats, Weights
 from glm_quant.fingerprint import fingerprint
-from glm_quant.model.precision import require_float32
 
 log = logging.getLogger(__name__)
 
@@ -34,7 +36,11 @@ class Watching(Protocol):
     """Whoever wants to see what passes through the layers; calls come in the order of compute."""
 
     def watch(self, layer: Any, index: int) -> None:
-        """Note that a layer was loaded; may put listeners into it."""
+        """Note that a wave is about to pass a layer; may put listeners into it."""
+        ...
+
+    def leave(self) -> None:
+        """Take the listeners out again: others pass the same layer."""
         ...
 
     def routed(self, index: int, expert: int, x: mx.array, middle: mx.array) -> None:
@@ -64,99 +70,175 @@ def sequence_path(folder: Path, number: int) -> Path:
     return folder / f"sequence-{number:04d}.safetensors"
 
 
+@dataclass(frozen=True)
+class Party:
+    """Some sequences on their way through the layers.
+
+    Attributes:
+        sequences: token ids, each [L].
+        plan: which of them go through a layer at a time.
+        folder: where the files go, the party's alone; the states on the way lie inside it until
+            `forget_states`.
+        watching: sees what was not passed before an interruption.
+    """
+
+    sequences: Sequence[Tokens]
+    plan: MemoryPlan
+    folder: Path
+    watching: Watching | None = None
+
+
 def stream_states(
     weights: Weights,
     sequences: Sequence[Tokens],
     plan: MemoryPlan,
     folder: Path,
     progress: Progress | None = None,
-    watching: Watching | None = None,
 ) -> list[Path]:
-    """Write the final hidden states of some sequences, after the last norm.
+    """Write the final hidden states of some sequences: `stream_together` of one party."""
+    return stream_together(weights, [Party(sequences, plan, folder)], progress)[0]
+
+
+def stream_together(
+    weights: Weights, parties: Sequence[Party], progress: Progress | None = None
+) -> list[list[Path]]:
+    """Write the final hidden states of all sequences of all parties, after the last norm.
 
     A call that was interrupted is gone on with at the layer, and within it at the wave.
 
     Args:
-        weights: the model's.
-        sequences: token ids, each [L].
-        plan: which sequences go through a layer together.
-        folder: where the files go, ours alone; the states on the way lie inside it until
-            `forget_states`.
+        weights: the model's; read once for a wave of each party.
+        parties: who walks.
         progress: called with layers done and layers to do.
-        watching: sees what was not passed before an interruption.
 
     Returns:
-        One file a sequence, holding `hidden`, float32 [L, hidden_size].
+        For each party one file a sequence, holding `hidden`, float32 [L, hidden_size].
     """
-    run = _Pass(weights, sequences, plan, folder, watching).run
-    return run(progress or (lambda _done, _total: None))
+    tick = progress or (lambda _done, _total: None)
+    depth = int(weights.args.num_hidden_layers)
+    passes = [_Pass(weights, party) for party in parties]
+    for index in range(min(one.begin() for one in passes), depth):
+        started = time.monotonic()
+        _pass_layer(weights, passes, index)
+        for one in passes:
+            one.states.forget_before(index)
+        tick(index + 1, depth)
+        log.info(
+            "divergence: layer %d of %d of %s (%.1f s)",
+            index + 1,
+            depth,
+            weights.checkpoint.source.uri,
+            time.monotonic() - started,
+        )
+    return [one.finish(depth - 1) for one in passes]
+
+
+def _pass_layer(weights: Weights, passes: "Sequence[_Pass]", index: int) -> None:
+    """Bring every wave of every party through a layer; waves of one number go together."""
+    layer = weights.layer(index)
+    for wave in range(max(one.waves for one in passes)):
+        turns = [turn for one in passes if (turn := one.attend(layer, index, wave)) is not None]
+        chosen = {int(expert) for turn in turns for expert in np.unique(turn.chosen)}
+        for expert, matrices in weights.experts(index, sorted(chosen)):
+            for turn in turns:
+                turn.meet(index, expert, matrices)
+        for turn in turns:
+            turn.keep(index, wave)
+        mx.clear_cache()
+
+
+@dataclass
+class _Turn:
+    """A wave of a party between a layer's attention and its end.
+
+    Attributes:
+        hidden: after attention, [tokens, hidden_size].
+        normed: what the feed-forward meets, likewise.
+        out: what the feed-forward has given so far, likewise.
+        chosen: each token's experts, [tokens, num_experts_per_tok]; nothing in a dense layer.
+        shares: of what they give, likewise.
+        topk: selections for the next layer, by their names.
+    """
+
+    of: "_Pass"
+    hidden: Floats
+    normed: Floats
+    out: Floats
+    chosen: NDArray[np.int64]
+    shares: Floats
+    topk: dict[str, NDArray[Any]]
+
+    def meet(self, index: int, expert: int, matrices: Sequence[mx.array]) -> None:
+        """Add what an expert gives to the tokens that chose it."""
+        token, slot = np.nonzero(self.chosen == expert)
+        for first in range(0, len(token), MLP_ROWS):
+            part = token[first : first + MLP_ROWS]
+            share = self.shares[part, slot[first : first + MLP_ROWS]]
+            given = mx.array(self.normed[part])
+            gate, up, down = matrices
+            middle = nn.silu(product(given, gate)) * product(given, up)
+            if self.of.watching:
+                self.of.watching.routed(index, expert, given, middle)
+            self.out[part] += np.array(product(middle, down) * mx.array(share)[:, None])
+
+    def keep(self, index: int, wave: int) -> None:
+        """Write the states after the layer."""
+        self.hidden += self.out
+        if self.of.watching:
+            self.of.watching.passed(index, wave)
+        save_arrays(self.of.states.path(index, wave), self.topk | {"hidden": self.hidden})
 
 
 class _Pass:
-    def __init__(
-        self,
-        weights: Weights,
-        sequences: Sequence[Tokens],
-        plan: MemoryPlan,
-        folder: Path,
-        watching: Watching | None,
-    ) -> None:
-        require_float32()
-        self._watching = watching
+    """A party, and how far it has come."""
+
+    def __init__(self, weights: Weights, party: Party) -> None:
+        self.watching = party.watching
         self._weights = weights
-        self._sequences = sequences
-        self._waves = plan.waves
-        self._folder = folder
+        self._sequences = party.sequences
+        self._waves = party.plan.waves
+        self._folder = party.folder
         # States of another division into waves do not fit; they go when the pass is done.
-        division = fingerprint([list(wave) for wave in plan.waves])[:8]
-        self._states = Activations(folder / f"{_STATES}{division}", len(plan.waves))
+        division = fingerprint([list(wave) for wave in self._waves])[:8]
+        self.states = Activations(party.folder / f"{_STATES}{division}", len(self._waves))
+        self._next = 0
         # "cached" tells the runtime that it may wait for one block before it begins the next.
         self._span = weights.runtime.Span.of(None)._replace(cached=True)
 
-    def run(self, progress: Progress) -> list[Path]:
-        """Go through what is left of the layers."""
-        depth = int(self._weights.args.num_hidden_layers)
-        passed = self._states.passed()
+    @property
+    def waves(self) -> int:
+        """How many waves there are."""
+        return len(self._waves)
+
+    def begin(self) -> int:
+        """Return the layer to begin with: the first that not all waves have passed."""
+        passed = self.states.passed()
         if passed is None:
             passed = -1
             self._embed()
-        for index in range(passed + 1, depth):
-            started = time.monotonic()
-            self._layer(index)
-            self._states.forget_before(index)
-            progress(index + 1, depth)
-            log.info(
-                "divergence: layer %d of %d of %s (%.1f s)",
-                index + 1,
-                depth,
-                self._weights.checkpoint.source.uri,
-                time.monotonic() - started,
-            )
-        return self._finish(depth - 1)
+        self._next = passed + 1
+        return self._next
 
     def _embed(self) -> None:
         for wave, members in enumerate(self._waves):
             tokens = np.concatenate([self._sequences[number] for number in members])
             hidden = self._weights.embed(tokens)
-            save_arrays(self._states.path(-1, wave), {"hidden": hidden})
+            save_arrays(self.states.path(-1, wave), {"hidden": hidden})
 
-    def _layer(self, index: int) -> None:
-        layer = self._weights.layer(index)
-        if self._watching:
-            self._watching.watch(layer, index)
-        for wave in range(len(self._waves)):
-            if not self._states.has(index, wave):
-                before = load_arrays(self._states.path(index - 1, wave))
-                after = self._advance(layer, index, wave, before)
-                if self._watching:
-                    self._watching.passed(index, wave)
-                save_arrays(self._states.path(index, wave), after)
-                mx.clear_cache()
+    def attend(self, layer: Any, index: int, wave: int) -> _Turn | None:
+        """Bring a wave through a layer's attention; None if there is nothing left to do."""
+        if index < self._next or wave >= self.waves or self.states.has(index, wave):
+            return None
+        if self.watching:
+            self.watching.watch(layer, index)
+        turn = self._attend(layer, index, load_arrays(self.states.path(index - 1, wave)), wave)
+        if self.watching:
+            self.watching.leave()
+        mx.clear_cache()
+        return turn
 
-    def _advance(
-        self, layer: Any, index: int, wave: int, before: dict[str, NDArray[Any]]
-    ) -> dict[str, NDArray[Any]]:
-        """Return a wave's states after a layer from those before it."""
+    def _attend(self, layer: Any, index: int, before: dict[str, NDArray[Any]], wave: int) -> _Turn:
+        """Do it, and what else of the layer needs no routed expert."""
         hidden: Floats = before["hidden"]
         normed = np.empty_like(hidden)
         schedule = self._weights.args.schedule
@@ -173,28 +255,15 @@ class _Pass:
             if needed and topk is not None:
                 after[name] = np.array(topk[0])
         mx.clear_cache()
-        if self._weights.args.sparse_layers[index]:
-            hidden += self._mixture(layer.mlp, index, normed)
-        else:
-            hidden += by_rows(layer.mlp, normed)
-        return after | {"hidden": hidden}
-
-    def _mixture(self, moe: Any, index: int, x: Floats) -> Floats:
-        """Return the output of routed and shared experts, [tokens, hidden_size]."""
-        chosen, shares = route(moe.gate, x)
-        out = by_rows(moe.shared_experts, x) if "shared_experts" in moe else np.zeros_like(x)
-        for expert, matrices in self._weights.experts(index, np.unique(chosen).tolist()):
-            token, slot = np.nonzero(chosen == expert)
-            for first in range(0, len(token), MLP_ROWS):
-                part = token[first : first + MLP_ROWS]
-                share = shares[part, slot[first : first + MLP_ROWS]]
-                given = mx.array(x[part])
-                gate, up, down = matrices
-                middle = nn.silu(product(given, gate)) * product(given, up)
-                if self._watching:
-                    self._watching.routed(index, expert, given, middle)
-                out[part] += np.array(product(middle, down) * mx.array(share)[:, None])
-        return out
+        mlp = layer.mlp
+        if not self._weights.args.sparse_layers[index]:
+            nobody = np.empty((len(hidden), 0), np.int64)
+            out = by_rows(mlp, normed)
+            return _Turn(self, hidden, normed, out, nobody, np.empty((0, 0), np.float32), after)
+        chosen, shares = route(mlp.gate, normed)
+        shared = "shared_experts" in mlp
+        out = by_rows(mlp.shared_experts, normed) if shared else np.zeros_like(normed)
+        return _Turn(self, hidden, normed, out, chosen, shares, after)
 
     def _members(self, wave: int) -> list[tuple[int, slice]]:
         """Return each sequence of a wave and its rows in the wave's states."""
@@ -205,10 +274,11 @@ class _Pass:
             for number, begin, end in zip(members, [0, *ends], ends, strict=False)
         ]
 
-    def _finish(self, last: int) -> list[Path]:
+    def finish(self, last: int) -> list[Path]:
+        """Write the final hidden states; returns their files."""
         norm = self._weights.norm()
         for wave in range(len(self._waves)):
-            hidden = load_arrays(self._states.path(last, wave))["hidden"]
+            hidden = load_arrays(self.states.path(last, wave))["hidden"]
             for number, rows in self._members(wave):
                 save_arrays(
                     sequence_path(self._folder, number), {"hidden": by_rows(norm, hidden[rows])}

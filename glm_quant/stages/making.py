@@ -192,14 +192,16 @@ class CalibrateStage(Stage[CalibrationRecord]):
         return calibration_inputs(self.build.checkpoint, self.build.recipe)
 
     def make(self, progress: Progress) -> CalibrationRecord:
-        """Stream texts through the source.
+        """Stream texts through the source, and those of the divergence stage with them.
 
         Raises:
             RecipeError: a text cannot be read, or is one that is evaluated.
             EvaluationError: the memory is too small for the longest sequence.
         """
         build = self.build
-        return calibrate_build(build.checkpoint, build.recipe, build.workspace, progress)
+        return calibrate_build(
+            build.checkpoint, build.recipe, build.workspace, progress, reference=True
+        )
 
     def keep(self, record: CalibrationRecord) -> None:
         """Write the record, and plan with what was found."""

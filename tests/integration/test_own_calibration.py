@@ -11,7 +11,10 @@ from glm_quant.build import Build, BuildSpec
 from glm_quant.calibration.own import CalibrationRecord, imatrix_folder, record_path
 from glm_quant.calibration.texts import calibration_texts
 from glm_quant.errors import IntegrityError, RecipeError, RunError
-from glm_quant.evaluation.token_set import read_texts
+from glm_quant.evaluation.divergence import reference_beside
+from glm_quant.evaluation.streaming import stream_together
+from glm_quant.evaluation.token_set import make_token_set, read_texts
+from glm_quant.evaluation.weights import SourceWeights
 from glm_quant.quantize.command import open_conversion, workspace_beside
 from glm_quant.quantize.verify import verify
 from glm_quant.recipe import load_recipe, parse_recipe
@@ -112,6 +115,35 @@ def test_stages_of_a_run(tmp_path: Path) -> None:
         assert (CalibrateStage(other).current() is not None) == still
         assert other.plan.uncalibrated != still
         assert PlanStage(other).current() is not None
+
+
+def test_one_walk_serves_the_divergence_too(converted: Path, tmp_path: Path) -> None:
+    """A run's calibration leaves the source's states, to the byte those of a pass of their own.
+
+    What was calibrated has the bytes of a calibration that walks alone.
+    """
+    more = SMALL + "divergence: {tokens: 96, context: 96}\n"
+    spec = BuildSpec(
+        recipe=write(tmp_path, more), source=str(tiny_glm_path()), workspace=str(tmp_path / "work")
+    )
+    build = Build(spec)
+    build.workspace.create()
+    CalibrateStage(build).run(lambda _done, _total: None)
+    alone = imatrix_folder(workspace_beside(converted))
+    for path in alone.iterdir():
+        assert (imatrix_folder(build.workspace) / path.name).read_bytes() == path.read_bytes()
+    settings = build.recipe.divergence
+    tokens = make_token_set(build.checkpoint, settings)
+    with reference_beside(build.checkpoint, tokens, build.workspace.divergence, 1 << 32) as party:
+        assert party is None  # it stands
+    with reference_beside(build.checkpoint, tokens, tmp_path, 1 << 32) as party:
+        assert party is not None
+        stream_together(SourceWeights(build.checkpoint), [party])
+    (made,) = build.workspace.divergence.glob("reference-*")
+    names = {path.name for path in made.glob("sequence-*")}
+    assert names == {f"sequence-{i:04d}.safetensors" for i in range(len(tokens.sequences))}
+    for name in names:
+        assert (made / name).read_bytes() == (tmp_path / made.name / name).read_bytes()
 
 
 def test_planning_asks_for_nothing(tmp_path: Path) -> None:
