@@ -20,6 +20,7 @@ from pydantic import BaseModel, ConfigDict
 from glm_quant import errors
 from glm_quant.artifact import write_atomic
 from glm_quant.errors import EvaluationError, GlmQuantError
+from glm_quant.model.precision import users_environment
 
 Progress = Callable[[int, int], None]
 
@@ -96,7 +97,12 @@ def _run(command: list[str], stderr: Path, progress: Progress | None) -> int:
     with stderr.open("wb") as file:
         # stdin stays open as long as this process lives: the child ends when it closes.
         child = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=file, text=True
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=file,
+            text=True,
+            env=users_environment(),
         )
         try:
             _follow(child, progress)

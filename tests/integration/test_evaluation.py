@@ -214,7 +214,7 @@ def test_a_baseline_is_measured_alike_and_compared_in_pairs(
     assert 0 < coherence.outputs[0].tokens <= 16
     assert other.coherence is not None
 
-    monkeypatch.setattr(module, "_run_worker", None)  # whoever calls it fails
+    monkeypatch.setattr(module, "run_apart", None)  # whoever calls it fails
     tight = Bound(measure="perplexity", max=0.5, baseline="half-split", ratio=True)
     with pytest.raises(
         EvaluationError, match=r"perplexity is .*'half-split' .* of it; the recipe's max is 0\.5"

@@ -10,11 +10,13 @@ import pytest
 from glm_quant.build import BuildSpec, open_build
 from glm_quant.errors import EvaluationError, SourceError
 from glm_quant.evaluation.process import run_apart
+from glm_quant.model.precision import users_environment
 from glm_quant.settings import DivergenceSettings
 from glm_quant.stages.divergence_worker import DivergenceRequest
 from glm_quant.stages.making import AssembleStage, PlanStage, QuantizeStage
 from glm_quant.stages.proving import DivergenceStage
 from glm_quant.testbed import tiny_glm_path
+from tests.switch_worker import Answer
 
 RECIPE = """\
 name: apart
@@ -23,7 +25,7 @@ rules:
   - {group: mtp, drop: true}
   - {group: [norms, router, indexer], dtype: source}
   - {match: .*, bits: 4}
-divergence: {tokens: 64, context: 64}
+divergence: {tokens: 256, context: 64} # some tenths of a second a layer
 """
 
 
@@ -48,7 +50,7 @@ def quiet(_done: int, _total: int) -> None:
 
 def children() -> list[int]:
     """The processes that this one has started to compare builds."""
-    found = subprocess.run(["ps", "-o", "pid=,ppid=,args="], capture_output=True, text=True)
+    found = subprocess.run(["ps", "-A", "-o", "pid=,ppid=,args="], capture_output=True, text=True)
     rows = (line.split(maxsplit=2) for line in found.stdout.splitlines())
     return [
         int(pid)
@@ -90,3 +92,11 @@ def test_an_error_in_the_child_keeps_its_kind_and_words(tmp_path: Path) -> None:
     )
     with pytest.raises(SourceError, match=r"^\S+/none: there is no such folder"):
         run_apart("glm_quant.stages.divergence_worker", request, "it", None)
+
+
+def test_a_build_is_measured_as_its_users_run_it() -> None:
+    """The proof beside it multiplies more exactly than MLX does unasked; the child does not."""
+    assert os.environ["MLX_ENABLE_TF32"] == "0"  # set by the proof, in this process
+    answer = run_apart("tests.switch_worker", Answer(), "it", None)
+    users = users_environment().get("MLX_ENABLE_TF32")
+    assert Answer.model_validate_json(answer).switch == users
