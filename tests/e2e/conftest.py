@@ -44,13 +44,13 @@ publish:
 """
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def embedded(tmp_path_factory: pytest.TempPathFactory) -> CommandLine:
     """The command line as it is after installation: Prefect's API embedded, a fresh database."""
     return CommandLine(tmp_path_factory.mktemp("embedded"))
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """One running Prefect server with a fresh database."""
     started = Server(CommandLine(tmp_path_factory.mktemp("served")))
@@ -59,13 +59,13 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     started.kill()
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def cli(server: Server) -> CommandLine:
     """The command line beside the running Prefect server, which saves each start's own."""
     return server.command_line
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def hub() -> Iterator[HubServer]:
     """A Hub with the small checkpoint in a private repository, which needs a token."""
     with HubServer(token=HUB_TOKEN) as started:
@@ -73,7 +73,7 @@ def hub() -> Iterator[HubServer]:
         yield started
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def s3_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """The address of a SeaweedFS with an empty bucket."""
     with seaweed(tmp_path_factory.mktemp("weed")) as (host, port):
@@ -82,7 +82,7 @@ def s3_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         yield url
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def service(
     server: Server, hub: HubServer, s3_url: str, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Service]:
@@ -108,7 +108,7 @@ def service(
     started.kill_worker()
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def quick(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A recipe file for quick whole runs."""
     path = tmp_path_factory.mktemp("recipe") / "quick.yaml"

@@ -1,0 +1,1 @@
+"""The whole program: command line, server, worker. What is started ends with this folder."""

@@ -1,0 +1,1 @@
+"""Parts together, on real files, servers and processes."""
