@@ -13,16 +13,10 @@ from glm_quant.errors import BusyError, PublishError
 from glm_quant.hub.records import SharedRecords, is_shared
 from glm_quant.hub.retry import Patience
 from glm_quant.workspace import Workspace
-from tests.s3_server import connect
 
 QUICK = Patience(tries=3, first_seconds=0.01, longest_seconds=0.05)
 LEASE_SECONDS = 2.0
 _numbers = itertools.count(1)
-
-
-@pytest.fixture(scope="module")
-def client(weed: tuple[str, int]) -> Any:
-    return connect(f"http://{weed[0]}:{weed[1]}", seconds=20)
 
 
 @pytest.fixture

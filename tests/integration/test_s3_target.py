@@ -30,11 +30,6 @@ SMALL_SHARD = "model-00002-of-00002.safetensors"
 _numbers = itertools.count(1)
 
 
-@pytest.fixture(scope="module")
-def client(weed: tuple[str, int]) -> Any:
-    return connect(f"http://{weed[0]}:{weed[1]}", seconds=20)
-
-
 @pytest.fixture
 def bucket(client: Any) -> str:
     name = f"builds-{os.getpid()}-{next(_numbers)}"
