@@ -21,14 +21,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
 from glm_quant.artifact import FileDigest
 from glm_quant.checkpoint.manifest import MANIFEST_NAME
 from glm_quant.checkpoint.source import Source, SourceFile
 from glm_quant.errors import PublishError
 from glm_quant.hub.multipart import PART_BYTES, Multipart
-from glm_quant.hub.objects import AbsentError, Objects, TakenError
+from glm_quant.hub.objects import Objects, TakenError
 from glm_quant.hub.retry import Patience, TransientError, retry
 from glm_quant.hub.s3 import LATEST, S3Source, s3_client
 from glm_quant.hub.target import SHARD_ENDING, Listing, Published, compare
@@ -208,15 +208,7 @@ class S3Target:
 
     def _latest(self) -> tuple[Latest | None, str]:
         """Return what LATEST says, and its ETag; None and nothing where there is none."""
-        try:
-            data, etag = self._objects.get(self._root + LATEST)
-            return Latest.model_validate_json(data), etag
-        except AbsentError:
-            return None, ""
-        except ValidationError:
-            raise PublishError(
-                f"{self.uri}/{LATEST}: this is not of glm-quant. Choose another prefix."
-            ) from None
+        return self._objects.find(self._root + LATEST, Latest)
 
     def _point(self, files: Sequence[FileDigest]) -> None:
         """Let LATEST name this build, on top of what it says now."""

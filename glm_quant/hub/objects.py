@@ -5,7 +5,7 @@ from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from datetime import datetime
 from email.utils import parsedate_to_datetime
-from typing import Any
+from typing import Any, TypeVar
 
 from botocore.exceptions import (
     BotoCoreError,
@@ -13,6 +13,7 @@ from botocore.exceptions import (
     ConnectionError,  # noqa: A004 - botocore's own name for it
     HTTPClientError,
 )
+from pydantic import BaseModel, ValidationError
 
 from glm_quant.errors import PublishError, SourceError
 from glm_quant.hub.retry import TransientError
@@ -25,6 +26,9 @@ class AbsentError(Exception):
 
 class TakenError(Exception):
     """Somebody else wrote in between, so a condition was not met; never leaves this package."""
+
+
+Model = TypeVar("Model", bound=BaseModel)
 
 
 class Objects:
@@ -44,6 +48,22 @@ class Objects:
         with self.translated(key):
             answer = self.client.get_object(Bucket=self.bucket, Key=key)
             return bytes(answer["Body"].read()), str(answer["ETag"])
+
+    def find(self, key: str, model: type[Model]) -> tuple[Model | None, str]:
+        """Return what a small JSON object of ours says, and its ETag; None and "" if there is none.
+
+        Raises:
+            PublishError: it says something else.
+        """
+        try:
+            data, etag = self.get(key)
+            return model.model_validate_json(data), etag
+        except AbsentError:
+            return None, ""
+        except ValidationError:
+            raise PublishError(
+                f"s3://{self.bucket}/{key}: this is not of glm-quant. Choose another prefix."
+            ) from None
 
     def put(
         self, key: str, data: bytes, sha256: str, condition: dict[str, str], **kind: str

@@ -21,7 +21,7 @@ from collections.abc import Callable
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict
 
 from glm_quant.artifact import write_atomic
 from glm_quant.errors import BusyError, GlmQuantError, PublishError
@@ -181,16 +181,7 @@ class SharedRecords:
         )
 
     def _found(self) -> tuple[Lease | None, str]:
-        key = self._root + _LEASE
-        try:
-            data, etag = self._objects.get(key)
-            return Lease.model_validate_json(data), etag
-        except AbsentError:
-            return None, ""
-        except ValidationError:
-            raise PublishError(
-                f"{self._uri}/{_LEASE}: this is not of glm-quant. Choose another prefix."
-            ) from None
+        return self._objects.find(self._root + _LEASE, Lease)
 
     def _renew(self, over: bool = False) -> None:
         """Write the lease again; or note who has it now."""
