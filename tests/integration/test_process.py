@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 from pathlib import Path
+from typing import Any, ClassVar
 
 import pytest
 
@@ -25,7 +26,8 @@ rules:
   - {group: mtp, drop: true}
   - {group: [norms, router, indexer], dtype: source}
   - {match: .*, bits: 4}
-divergence: {tokens: 256, context: 64} # some tenths of a second a layer
+# Half a second a layer: long enough for a kill to come in mid-run on a busy machine.
+divergence: {tokens: 2048, context: 64}
 """
 
 
@@ -48,30 +50,31 @@ def quiet(_done: int, _total: int) -> None:
     pass
 
 
-def children() -> list[int]:
-    """The processes that this one has started to compare builds."""
-    found = subprocess.run(["ps", "-A", "-o", "pid=,ppid=,args="], capture_output=True, text=True)
-    rows = (line.split(maxsplit=2) for line in found.stdout.splitlines())
-    return [
-        int(pid)
-        for pid, parent, arguments in rows
-        if int(parent) == os.getpid() and "divergence_worker" in arguments
-    ]
+class Noted(subprocess.Popen[str]):
+    """A process as ever, whose start is noted."""
+
+    started: ClassVar[list[subprocess.Popen[str]]] = []
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        Noted.started.append(self)
 
 
-def test_a_killed_comparison_is_an_error_and_goes_on_at_its_layer(stage: DivergenceStage) -> None:
+def test_a_killed_comparison_is_an_error_and_goes_on_at_its_layer(
+    stage: DivergenceStage, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The system's kill, as when memory runs out, fails the stage; the next run loses a layer."""
+    monkeypatch.setattr(subprocess, "Popen", Noted)
     told: list[int] = []
 
     def kill_in_the_middle(done: int, _total: int) -> None:
         told.append(done)
         if done == 2:
-            (child,) = children()
-            os.kill(child, signal.SIGKILL)
+            Noted.started[-1].kill()
 
     with pytest.raises(EvaluationError, match=r"compares the build .* killed by signal 9"):
         stage.run(kill_in_the_middle)
-    assert children() == []
+    assert Noted.started[-1].returncode == -signal.SIGKILL
     assert stage.current() is None
     failure = stage.build.workspace.records / "failure.json"
     assert "killed by signal 9" in failure.read_text()
