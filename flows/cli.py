@@ -3,21 +3,27 @@
 Exit codes: 0 done, 1 the run failed, 2 bad input. With `--json` standard output is one JSON value.
 """
 
-import json
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
 
 from flows import service
 from flows.approve import approve
 from flows.environment import prepare
+from flows.measuring import calibrate, fit, imatrix
+from flows.options import Json, RecipeOption, Reuse, Source, Verbose, Window
 from flows.stopping import stopping_in_order
-from flows.terminal import ERRORS, Terminal, errors_in_one_screen, fit_table, status_table
+from flows.terminal import (
+    ERRORS,
+    OUT,
+    Terminal,
+    errors_in_one_screen,
+    print_json,
+    status_table,
+)
 from flows.units import service_app
 from glm_quant.build import Build, BuildSpec, open_build, require_free
 from glm_quant.evaluation.baselines import parse_baselines
@@ -34,21 +40,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Make mixed-precision MLX builds of GLM checkpoints, streaming, and prove what was made.",
 )
-_out = Console(soft_wrap=True)
-
-Source = Annotated[
-    str | None, typer.Option(help="Folder, hf://org/name@revision or s3://bucket/prefix.")
-]
-Window = Annotated[
-    int, typer.Option(min=1, help="Fetched source shards that may be on disk at a time.")
-]
-Reuse = Annotated[
-    list[str] | None,
-    typer.Option(help="Workspace or output of another build to copy from; may be given again."),
-]
-RecipeOption = Annotated[str, typer.Option(help="Path of a .yaml file, or a name in recipes/.")]
-Json = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
-Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Show logs and tracebacks.")]
 
 
 @app.command()
@@ -132,15 +123,15 @@ def publish(
         stages = [PublishStage(build, target) for target in build.targets]
         found = {stage.target: (stage.diff(), stage.leftovers()) for stage in stages}
         if as_json:
-            _print_json({t: asdict(diff) | {"leftovers": old} for t, (diff, old) in found.items()})
+            print_json({t: asdict(diff) | {"leftovers": old} for t, (diff, old) in found.items()})
             return None
         for target, (diff, leftovers) in found.items():
-            _out.print(f"{target}: {diff.describe()}")
+            OUT.print(f"{target}: {diff.describe()}")
             for leftover in leftovers:
-                _out.print(f"  - {leftover} (of a build that was given up)")
+                OUT.print(f"  - {leftover} (of a build that was given up)")
             for kind, files in (("+", diff.added), ("~", diff.changed), ("-", diff.deleted)):
                 for file in files:
-                    _out.print(f"  {kind} {file.name} ({file.size_bytes:,} bytes)")
+                    OUT.print(f"  {kind} {file.name} ({file.size_bytes:,} bytes)")
     return None
 
 
@@ -159,120 +150,9 @@ def convert(
     with errors_in_one_screen(verbose), stopping_in_order(ERRORS):
         summary = _convert(source, recipe, output, workers, window, reuse or ())
         if as_json:
-            _print_json(summary.model_dump())
+            print_json(summary.model_dump())
         else:
-            _out.print(f"{summary.output}: {summary.describe()}")
-
-
-@app.command()
-def calibrate(
-    source: Annotated[str, typer.Option(help="Folder or URI of the checkpoint.")],
-    output: Annotated[Path, typer.Option(help="Folder to make, for a recipe's `imatrix`.")],
-    text: Annotated[
-        list[Path] | None,
-        typer.Option(help="Text file, or JSON of conversations; default: built-in texts."),
-    ] = None,
-    tokens: Annotated[int, typer.Option(help="At most so many tokens of each text.")] = 16384,
-    context: Annotated[int, typer.Option(help="Tokens of a sequence.")] = 512,
-    factors: Annotated[bool, typer.Option(help="Also make what the quantizer gptq needs.")] = False,
-    verbose: Verbose = False,
-    as_json: Json = False,
-) -> None:
-    """Stream texts through the source and note how loud each weight's inputs are."""
-    with errors_in_one_screen(verbose), stopping_in_order(ERRORS):
-        from glm_quant.calibration.calibrate import calibrate as stream
-        from glm_quant.calibration.texts import calibration_set, named_texts
-        from glm_quant.checkpoint.reader import Checkpoint
-        from glm_quant.hub import open_source
-        from glm_quant.settings import CalibrationSettings
-
-        checkpoint = Checkpoint.open(open_source(source))
-        checkpoint.require_weights()
-        settings = CalibrationSettings(
-            texts=named_texts(text), tokens=max(tokens, context), context=context
-        )
-        batch = calibration_set(checkpoint, settings)
-        with Terminal(ERRORS, 1) as terminal:
-            terminal.begin("calibrate")
-            record = stream(
-                checkpoint,
-                batch,
-                output,
-                factors=factors,
-                progress=lambda done, total: terminal.move("calibrate", done, total),
-            )
-        if as_json:
-            _print_json(record.model_dump())
-        else:
-            _out.print(f"{output}: {record.describe()}")
-
-
-@app.command()
-def imatrix(
-    origin: Annotated[Path, typer.Argument(help="llama.cpp's imatrix (GGUF), or our folder.")],
-    target: Annotated[Path, typer.Argument(help="The other of the two, to make.")],
-    verbose: Verbose = False,
-) -> None:
-    """Read an imatrix of llama.cpp's into a folder for recipes, or write ours for llama.cpp."""
-    with errors_in_one_screen(verbose):
-        from glm_quant.calibration.llama_cpp import read_llama_cpp, write_llama_cpp
-
-        if origin.is_dir():
-            _out.print(f"{target}: energies of {write_llama_cpp(origin, target)} weights")
-        else:
-            _out.print(f"{target}: {read_llama_cpp(origin, target).describe()}")
-
-
-@app.command()
-def fit(
-    source: Annotated[str, typer.Option(help="Folder or URI of the checkpoint.")],
-    target: Annotated[str, typer.Option(help="238GB, 2.56bpw or '256GB Mac at 32K context'.")],
-    output: Annotated[Path, typer.Option(help="Recipe file to write.")],
-    recipe: RecipeOption = "dynamic-2.56bpw",
-    floor: Annotated[
-        list[str] | None, typer.Option(help="Least bits, as attention=4; may be given again.")
-    ] = None,
-    bands: Annotated[int, typer.Option(min=1, help="Parts that the layers are cut into.")] = 4,
-    measure: Annotated[
-        str | None,
-        typer.Option(
-            help="kl, scaled or error (from dear to cheap); default: kl up to 8 GiB, else scaled."
-        ),
-    ] = None,
-    imatrix: Annotated[str | None, typer.Option(help="Made by `calibrate`.")] = None,
-    text: Annotated[
-        list[Path] | None, typer.Option(help="For kl: text files; default: this project's code.")
-    ] = None,
-    tokens: Annotated[int, typer.Option(min=16, help="For kl: at most so many in all.")] = 4096,
-    context: Annotated[int, typer.Option(min=16, help="For kl: tokens of a sequence.")] = 512,
-    verbose: Verbose = False,
-    as_json: Json = False,
-) -> None:
-    """Choose the bits of each part of a recipe by measurement, within a budget of bytes."""
-    with errors_in_one_screen(verbose), stopping_in_order(ERRORS):
-        from glm_quant.calibration.texts import package_code
-        from glm_quant.checkpoint.reader import Checkpoint
-        from glm_quant.fit.command import FitSettings, parse_floors, parse_measure
-        from glm_quant.fit.command import fit as choose
-        from glm_quant.hub import open_source
-
-        checkpoint = Checkpoint.open(open_source(source))
-        checkpoint.require_weights()
-        settings = FitSettings(recipe, parse_floors(floor), bands, parse_measure(measure), imatrix)
-        with Terminal(ERRORS, 1) as terminal:
-            terminal.begin("measure")
-            result = choose(
-                checkpoint,
-                target,
-                output,
-                settings,
-                lambda: package_code(checkpoint, text, tokens, context, total=tokens),
-                lambda done, total: terminal.move("measure", done, total),
-            )
-        if as_json:
-            _print_json(result.model_dump(mode="json"))
-        else:
-            _out.print(fit_table(result))
+            OUT.print(f"{summary.output}: {summary.describe()}")
 
 
 @app.command()
@@ -289,11 +169,11 @@ def plan(
 
         build = Build(BuildSpec(recipe=recipe, source=source))
         if as_json:
-            _print_json(plan_figures(build).model_dump())
+            print_json(plan_figures(build).model_dump())
         else:
             title = f"{build.recipe.name}: {build.checkpoint.source.uri}"
             limit = build.checkpoint.config.get("max_position_embeddings")
-            _out.print(plan_summary(build.plan, title, limit, build.conversion.schedule))
+            OUT.print(plan_summary(build.plan, title, limit, build.conversion.schedule))
 
 
 @app.command()
@@ -316,7 +196,7 @@ def verify(
 
         found = check(folder, open_source(source) if source else None, imatrix=imatrix)
         if as_json:
-            _print_json(asdict(found))
+            print_json(asdict(found))
             return
         rederived = (
             f", {found.rederived_blocks} blocks made again from the source and equal"
@@ -325,7 +205,7 @@ def verify(
         )
         if found.calibrated:
             rederived += f" ({found.calibrated} others need --imatrix)"
-        _out.print(
+        OUT.print(
             f"{folder}: whole. {found.files} files and {found.size_bytes / 1e9:,.3f} GB have their "
             f"recorded sha256, {found.tensors:,} tensors agree with index and config{rederived}."
         )
@@ -341,9 +221,9 @@ def status(
     with errors_in_one_screen(verbose):
         found = read_status(workspace)
         if as_json:
-            _print_json(found.model_dump())
+            print_json(found.model_dump())
             return
-        _out.print(status_table(found))
+        OUT.print(status_table(found))
 
 
 @app.command()
@@ -364,11 +244,14 @@ def card(
         place = Workspace(place.root, output.expanduser().absolute() if output else place.output)
         record = render_again(place)
         if as_json:
-            _print_json(record.model_dump())
+            print_json(record.model_dump())
         else:
-            _out.print(f"{place.checkpoint}: {', '.join(file.path for file in record.outputs)}")
+            OUT.print(f"{place.checkpoint}: {', '.join(file.path for file in record.outputs)}")
 
 
+app.command()(calibrate)
+app.command()(imatrix)
+app.command()(fit)
 app.command()(approve)
 app.command()(service.server)
 app.command()(service.worker)
@@ -426,17 +309,13 @@ def _release(spec: BuildSpec, verbose: bool, as_json: bool) -> None:
                 "seconds": seconds,
                 "stages": [stage.model_dump() for stage in done],
             }
-            _print_json(result)
+            print_json(result)
             return
         from glm_quant.report.summary import result_summary
         from glm_quant.stages.releasing import card_inputs
 
-        _out.print(result_summary(card_inputs(build.workspace), checkpoint, build.targets))
-        _out.print(f"[dim]{seconds:,.0f} seconds[/]")
-
-
-def _print_json(value: Any) -> None:
-    sys.stdout.write(json.dumps(value, indent=2) + "\n")
+        OUT.print(result_summary(card_inputs(build.workspace), checkpoint, build.targets))
+        OUT.print(f"[dim]{seconds:,.0f} seconds[/]")
 
 
 if __name__ == "__main__":

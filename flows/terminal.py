@@ -1,9 +1,11 @@
 """What a person sees in the terminal: a line a stage, the current one moving; errors in short."""
 
+import json
+import sys
 from collections.abc import Generator
 from contextlib import contextmanager
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 import typer
 from rich.console import Console, Group, RenderableType
@@ -16,7 +18,13 @@ from glm_quant.errors import GlmQuantError
 from glm_quant.fit.record import FitResult
 from glm_quant.status import WorkspaceStatus
 
+OUT = Console(soft_wrap=True)
 ERRORS = Console(stderr=True, soft_wrap=True)
+
+
+def print_json(value: Any) -> None:
+    """Write the one JSON value of `--json`."""
+    sys.stdout.write(json.dumps(value, indent=2) + "\n")
 
 
 @contextmanager
