@@ -68,6 +68,12 @@ def demo(
     _release(spec, verbose, as_json)
 
 
+def _s3_place(value: str | None) -> str | None:
+    if value is not None and not value.startswith("s3://"):
+        raise typer.BadParameter(f"{value}: give a place in S3, s3://bucket/prefix.")
+    return value
+
+
 @app.command()
 def run(
     recipe: Annotated[str, typer.Argument(help="Path of a .yaml file, or a name in recipes/.")],
@@ -81,6 +87,13 @@ def run(
     baseline: Annotated[
         list[str] | None,
         typer.Option(help="NAME=PLACE of a build to compare with; may be given again."),
+    ] = None,
+    records: Annotated[
+        str | None,
+        typer.Option(
+            help="s3://bucket/prefix to copy the records to, so that another machine can go on.",
+            callback=_s3_place,
+        ),
     ] = None,
     verbose: Verbose = False,
     as_json: Json = False,
@@ -96,6 +109,7 @@ def run(
         reuse=tuple(reuse or ()),
         targets=tuple(publish or ()),
         baselines=baselines,
+        records=records,
     )
     _release(spec, verbose, as_json)
 

@@ -20,7 +20,7 @@ from glm_quant.hub.retry import Patience
 from glm_quant.hub.target import Target
 from glm_quant.quantize.convert import Conversion
 from glm_quant.quantize.plan import make_plan
-from glm_quant.recipe import load_recipe
+from glm_quant.recipe import RecordsSettings, load_recipe
 from glm_quant.workspace import Workspace, existing_workspace
 
 if TYPE_CHECKING:
@@ -57,6 +57,12 @@ class BuildSpec(BaseModel):
         default={},
         description="builds to compare with, by name, as the recipe's; places of this machine "
         "belong here, since the recipe travels with the build",
+    )
+    records: str | None = Field(
+        default=None,
+        pattern="^s3://.",
+        description="s3://bucket/prefix, one for each build: its records are copied there, so that "
+        "another machine can take it over; default: the recipe's",
     )
     approval: bool = Field(
         default=False, description="ask for a person's word before anything is published"
@@ -172,7 +178,7 @@ def claimed(spec: BuildSpec, shared: bool = False) -> Generator[None]:
 
     Args:
         spec: which build.
-        shared: its records are those that the recipe keeps in S3, if it does.
+        shared: its records are those in S3, if the spec or the recipe wants them there.
 
     Raises:
         OutputError: the workspace holds something else.
@@ -191,9 +197,12 @@ def claimed(spec: BuildSpec, shared: bool = False) -> Generator[None]:
 
 @contextmanager
 def _sharing(spec: BuildSpec) -> Generator[None]:
-    """Keep the workspace's records at the place in S3 that the recipe names, if it names one."""
+    """Keep the workspace's records at the place in S3 that is wanted, if one is."""
     global _shared
     settings = load_recipe(spec.recipe).records
+    if spec.records is not None:
+        lease = {} if settings is None else {"lease_seconds": settings.lease_seconds}
+        settings = RecordsSettings(uri=spec.records, **lease)
     if settings is None:
         yield
         return

@@ -34,7 +34,7 @@ def at_work(
     Args:
         spec: which build.
         stages: names of the stages of this flow, in order; progress counts on them.
-        shared: the build's records are those that the recipe keeps in S3, if it does.
+        shared: its records are those in S3, if the spec or the recipe wants them there.
 
     Raises:
         OutputError: the workspace holds something else.

@@ -167,14 +167,21 @@ def _built_in(name: str) -> str:
     )
 
 
+def encode_text(tokenizer: Any, text: str) -> list[int]:
+    """Return the token ids of a text, however long: it is cut into sequences later."""
+    # transformers would warn that it is longer than the model's context.
+    ids: list[int] = tokenizer.encode(text, add_special_tokens=False, verbose=False)
+    return ids
+
+
 def _encode(tokenizer: Any, text: str) -> list[int]:
     """Return token ids; a JSON list of conversations goes through the chat template."""
     conversations = _conversations(text)
     if conversations is None:
-        return tokenizer.encode(text, add_special_tokens=False)
+        return encode_text(tokenizer, text)
     if not getattr(tokenizer, "has_chat_template", False):
         plain = "\n".join(turn["content"] for turns in conversations for turn in turns)
-        return tokenizer.encode(plain, add_special_tokens=False)
+        return encode_text(tokenizer, plain)
     return [
         token
         for turns in conversations

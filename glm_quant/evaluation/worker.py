@@ -32,6 +32,7 @@ from glm_quant.evaluation.speed import (
     warm_up,
     wired,
 )
+from glm_quant.evaluation.token_set import encode_text
 from glm_quant.settings import EvaluationSettings
 
 Tick = Callable[[int], None]
@@ -169,7 +170,7 @@ def _speeds(model: Any, tokens: list[int], settings: EvaluationSettings, tick: T
 
 
 def _tokens(tokenizer: Any, name: str, text: str, settings: EvaluationSettings) -> list[int]:
-    tokens: list[int] = tokenizer.encode(text, add_special_tokens=False)
+    tokens = encode_text(tokenizer, text)
     if len(tokens) < settings.context:
         raise EvaluationError(
             f"{name}: the text has {len(tokens):,} tokens, the context is "

@@ -91,7 +91,7 @@ def _losses(measured: Measurements) -> dict[str, Figure]:
     for each in measured.perplexity:
         how = f"{each.tokens:,} tokens; {each.method}; text sha256 {each.text_sha256[:16]}"
         name = f"Perplexity, strided, {each.text}"
-        found[name] = Figure(_with_error(each.value, each.standard_error), how)
+        found[name] = Figure(say.with_error(each.value, each.standard_error), how)
     peer = measured.peer_perplexity
     if peer is not None:
         how = (
@@ -99,7 +99,7 @@ def _losses(measured: Measurements) -> dict[str, Figure]:
             f"{peer.sequence_length:,} tokens, seed {peer.seed}"
         )
         name = f"Perplexity, {peer.dataset}"
-        text = _with_error(peer.value, peer.standard_error)
+        text = say.with_error(peer.value, peer.standard_error)
         found[name] = Figure(text, how, published_as="peer_perplexity")
     return found
 
@@ -116,7 +116,7 @@ def _tasks(measured: Measurements) -> dict[str, Figure]:
             f"{len(task.items):,} items of {task.dataset}, seed {harness.seed}"
         )
         name = f"{_task_name(task)} ({task.score.metric})"
-        text = _with_error(task.score.value, task.score.standard_error)
+        text = say.with_error(task.score.value, task.score.standard_error)
         found[name] = Figure(text, how, published_as=task.task)
     return found
 
@@ -147,10 +147,6 @@ def _speeds(measured: Measurements) -> dict[str, Figure]:
         how = "" if found else f"greedy, one sequence, {speed.generated_tokens:,} tokens made"
         found[f"Generation {after}, tok/s"] = Figure(f"{speed.decode_rate:.2f}", how, True)
     return found
-
-
-def _with_error(value: float, error: float | None) -> str:
-    return f"{value:.3f}" + ("" if error is None else f" ± {error:.3f}")
 
 
 def _task_name(task: HarnessTask) -> str:

@@ -225,7 +225,7 @@ def _text(facts: _Facts, shown: Sequence[charts.Chart]) -> str:
         "escape": escape,
         "figure": _figure,
         "estimate": _estimate,
-        "bucket": _bucket,
+        "bucket": say.bucket,
         "parity_value": parity_value,
         "measure_name": partial(benchmarks.measure_name, measured=facts.measured),
         "parity_bound": _parity_bound,
@@ -305,14 +305,7 @@ def _figure(chart: charts.Chart) -> str:
 
 
 def _estimate(estimate: Estimate, digits: int = 3) -> str:
-    error = estimate.standard_error
-    return f"{estimate.value:.{digits}f}" + ("" if error is None else f" ± {error:.{digits}f}")
-
-
-def _bucket(bucket: str, index_topk: int) -> str:
-    if bucket == "all":
-        return "all"
-    return f"up to {index_topk:,}" if bucket == "below" else f"after {index_topk:,}"
+    return say.with_error(estimate.value, estimate.standard_error, digits)
 
 
 def _parity_bound(row: ParityRow) -> str:

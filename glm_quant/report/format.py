@@ -57,6 +57,18 @@ def about_tokens(number: int) -> str:
     return f"{number >> 10}K" if number >= 1024 else f"{number}"
 
 
+def with_error(value: float, standard_error: float | None, digits: int = 3) -> str:
+    """Return a figure with its error, where it has one: 19.994 ± 0.312."""
+    error = "" if standard_error is None else f" ± {standard_error:.{digits}f}"
+    return f"{value:.{digits}f}{error}"
+
+
+def bucket(bucket: str, index_topk: int) -> str:
+    """Return which positions a row of a divergence is of: all, up to 2,048, after 2,048."""
+    places = {"below": f"up to {index_topk:,}", "above": f"after {index_topk:,}"}
+    return places.get(bucket, bucket)
+
+
 def group_title(group: str) -> str:
     """Return a component group as a heading."""
     return _GROUP_TITLES.get(group, group)

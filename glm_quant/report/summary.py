@@ -150,8 +150,8 @@ def measured_rows(evaluation: EvaluationRecord | None) -> list[tuple[str, str]]:
     measured = evaluation.measurements
     rows: list[tuple[str, str]] = []
     for each in measured.perplexity:
-        error = "" if each.standard_error is None else f" ± {each.standard_error:.3f}"
-        rows.append(("perplexity", f"{each.value:.3f}{error} on {each.text}"))
+        value = say.with_error(each.value, each.standard_error)
+        rows.append(("perplexity", f"{value} on {each.text}"))
     if measured.needle is not None:
         hits = sum(trial.retrieved for trial in measured.needle.trials)
         rows.append(("needle", f"{hits} of {len(measured.needle.trials)} facts found again"))

@@ -11,9 +11,9 @@ from glm_quant.build import Build
 from glm_quant.evaluation.divergence_record import DivergenceRecord
 from glm_quant.evaluation.records import EvaluationRecord
 from glm_quant.parity import ParityRecord
+from glm_quant.report import benchmarks
 from glm_quant.report import format as say
 from glm_quant.report.correctness import parity_rows, parity_value
-from glm_quant.report.summary import divergence_rows, measured_rows
 from glm_quant.stages.making import PlanFigures
 
 Rows = list[dict[str, str]]
@@ -76,13 +76,41 @@ def comparison_rows(record: ParityRecord) -> Rows:
 
 
 def divergence_table(record: DivergenceRecord) -> Rows:
-    """Return a row for each figure of the comparison with the source."""
-    return [{"measure": name, "value": value} for name, value in divergence_rows(record)]
+    """Return a row for each slice of the comparison with the source, and each bucket of it."""
+    return [
+        {
+            "text": row.slice,
+            "at positions": say.bucket(row.bucket, record.index_topk),
+            "compared": f"{row.positions:,}",
+            "KL, mean": say.with_error(row.mean_kl.value, row.mean_kl.standard_error, 4),
+            "KL, 99 %": f"{row.p99_kl:.3f}",
+            "same top token": say.percent(row.top1_agreement.value),
+            "perplexity": f"{row.build_perplexity.value:.3f}",
+            "the source's": f"{row.reference_perplexity.value:.3f}",
+        }
+        for row in record.rows
+    ]
 
 
 def evaluation_rows(record: EvaluationRecord) -> Rows:
-    """Return a row for each figure of an evaluation."""
-    return [{"measure": name, "value": value} for name, value in measured_rows(record)]
+    """Return a row for each figure of an evaluation, with the baselines' beside it."""
+    names = [baseline.name for baseline in record.baselines]
+    rows: Rows = []
+    for row in benchmarks.rows(record, ()):
+        cells = dict(zip(["this build", *names], [row.cells[-1], *row.cells[:-1]], strict=True))
+        rows.append({"measured": row.name} | cells | {"how": row.how})
+    rows.append(_memory_row(record))
+    return rows
+
+
+def _memory_row(record: EvaluationRecord) -> dict[str, str]:
+    own = record.measurements
+    measured = {"this build": own} | {each.name: each.measurements for each in record.baselines}
+    cells = {
+        name: say.size(of.peak_rss_bytes) if of.machine == own.machine else benchmarks.NOTHING
+        for name, of in measured.items()
+    }
+    return {"measured": "Resident memory, at most"} | cells | {"how": own.machine.describe()}
 
 
 def card_markdown(folder: Path) -> str:

@@ -20,6 +20,8 @@ pytestmark = pytest.mark.slow
 
 REPO, TOKEN = "upstream/tiny", "hf_PlantedTokenOfTheTakeOver"
 RECORDS = f"s3://{BUCKET}/records/taken"
+# What the recipe says, and the run overrules.
+ELSEWHERE = f"s3://{BUCKET}/records/elsewhere"
 # A source shard of 1.7 MB takes about two seconds.
 SLOW = 800_000.0
 LEASE_SECONDS = 4
@@ -44,7 +46,7 @@ def test_another_machine_takes_a_build_over(
     """What the first one uploaded is not made again, its commit is kept, the bytes are the same."""
     recipe = tmp_path / "quick.yaml"
     recipe.write_text(
-        f"{quick.read_text()}records: {{uri: {RECORDS!r}, lease_seconds: {LEASE_SECONDS}}}\n"
+        f"{quick.read_text()}records: {{uri: {ELSEWHERE!r}, lease_seconds: {LEASE_SECONDS}}}\n"
     )
     user = CommandLine(cli.prefect_home)
     user.environment |= cli.environment | KEYS
@@ -54,7 +56,8 @@ def test_another_machine_takes_a_build_over(
 
     def command(machine: str) -> tuple[str | Path, ...]:
         where = "--workspace", tmp_path / machine, "--publish", f"s3://{BUCKET}/taken"
-        return ("run", recipe, "--source", f"hf://{REPO}", "--window", "1", *where)
+        source = "--source", f"hf://{REPO}", "--window", "1"
+        return ("run", recipe, *source, *where, "--records", RECORDS)
 
     place.rate = SLOW
     first = user.start(*command("first"))
