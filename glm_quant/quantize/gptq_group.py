@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from glm_quant.compiled import compiled
 from glm_quant.quantize.affine import from_float32, to_float32
-from glm_quant.quantize.search import LIMIT
+from glm_quant.quantize.search_loops import LIMIT
 
 Floats = NDArray[np.float32]
 Grid = tuple[Floats, Floats]

@@ -12,9 +12,8 @@ from hypothesis.extra import numpy as hnp
 from glm_quant.quantize.affine import from_float32, quantize_affine, to_float32
 from glm_quant.quantize.encode import Rows, encode
 from glm_quant.quantize.scheme import Quantized, layouts
-from glm_quant.quantize.search import _DROPPED as DROPPED
 from glm_quant.quantize.search import Search, quantize_search
-from glm_quant.quantize.search import _round as round_in_place
+from glm_quant.quantize.search_loops import DROPPED, round_to
 
 MLX = {"BF16": mx.bfloat16, "F16": mx.float16, "F32": mx.float32}
 Made = tuple[np.ndarray, np.ndarray, np.ndarray]
@@ -167,7 +166,7 @@ def test_scales_are_values_of_their_dtype(dtype: str) -> None:
     values = np.random.default_rng(1).normal(0, 1, 4096).astype(np.float32)
     values *= np.float32(2.0) ** np.random.default_rng(2).integers(-30, 10, 4096)
     expected = to_float32(from_float32(values, dtype), dtype)
-    round_in_place(values, DROPPED[dtype])
+    round_to(values, DROPPED[dtype])
     assert np.array_equal(values, expected)
 
 
