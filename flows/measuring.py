@@ -107,14 +107,13 @@ def fit(
         checkpoint = _open(source)
         settings = FitSettings(recipe, parse_floors(floor), bands, parse_measure(measure), imatrix)
         with Terminal(ERRORS, 1) as terminal:
-            terminal.begin("measure")
             result = choose(
                 checkpoint,
                 target,
                 output,
                 settings,
                 lambda: package_code(checkpoint, text, tokens, context, total=tokens),
-                lambda done, total: terminal.move("measure", done, total),
+                terminal,
             )
         if as_json:
             print_json(result.model_dump(mode="json"))

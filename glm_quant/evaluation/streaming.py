@@ -3,10 +3,10 @@
 All sequences pass a layer before the next one is read, so each weight is read once however many
 tokens there are. Attention takes sequence by sequence; the feed-forward takes the tokens of all
 sequences of a wave, grouped by the expert that they chose. Several *parties* may walk together,
-each with tokens, waves and files of its own: they share the reading of weights and nothing else, so
-each ends with the bytes that it would have had alone. What a reader would get wrong: a shared layer
-attends to the keys that the last full layer selected, so selections travel with the hidden states
-from layer to layer, on disk too.
+each with tokens, waves and files of its own, and some with weights that differ here and there: they
+share the reading of weights and nothing else, so each ends with the bytes that it would have had
+alone. What a reader would get wrong: a shared layer attends to the keys that the last full layer
+selected, so selections travel with the hidden states from layer to layer, on disk too.
 """
 
 import logging
@@ -32,6 +32,9 @@ from glm_quant.fingerprint import fingerprint
 log = logging.getLogger(__name__)
 
 
+Tokens = NDArray[np.int64]
+
+
 class Watching(Protocol):
     """Whoever wants to see what passes through the layers; calls come in the order of compute."""
 
@@ -52,7 +55,26 @@ class Watching(Protocol):
         ...
 
 
-Tokens = NDArray[np.int64]
+class Variant(Protocol):
+    """A model that differs here and there from the one whose weights are read for all."""
+
+    def embed(self, tokens: Tokens) -> Floats:
+        """Return embeddings of token ids, [L, hidden_size]."""
+        ...
+
+    def norm(self) -> Any:
+        """Return the norm after the last layer."""
+        ...
+
+    def own_layer(self, index: int, layer: Any) -> Any:
+        """Return its layer in place of the one that was read; the same where they do not differ."""
+        ...
+
+    def own_expert(self, layer: int, expert: int, matrices: Sequence[mx.array]) -> list[mx.array]:
+        """Return [gate, up, down] of its expert, likewise."""
+        ...
+
+
 Progress = Callable[[int, int], None]
 
 
@@ -80,12 +102,14 @@ class Party:
         folder: where the files go, the party's alone; the states on the way lie inside it until
             `forget_states`.
         watching: sees what was not passed before an interruption.
+        variant: its own weights, where they are not those that all share.
     """
 
     sequences: Sequence[Tokens]
     plan: MemoryPlan
     folder: Path
     watching: Watching | None = None
+    variant: Variant | None = None
 
 
 def stream_states(
@@ -171,6 +195,8 @@ class _Turn:
     def meet(self, index: int, expert: int, matrices: Sequence[mx.array]) -> None:
         """Add what an expert gives to the tokens that chose it."""
         token, slot = np.nonzero(self.chosen == expert)
+        if len(token) and self.of.variant:
+            matrices = self.of.variant.own_expert(index, expert, matrices)
         for first in range(0, len(token), MLP_ROWS):
             part = token[first : first + MLP_ROWS]
             share = self.shares[part, slot[first : first + MLP_ROWS]]
@@ -194,6 +220,7 @@ class _Pass:
 
     def __init__(self, weights: Weights, party: Party) -> None:
         self.watching = party.watching
+        self.variant = party.variant
         self._weights = weights
         self._sequences = party.sequences
         self._waves = party.plan.waves
@@ -222,13 +249,15 @@ class _Pass:
     def _embed(self) -> None:
         for wave, members in enumerate(self._waves):
             tokens = np.concatenate([self._sequences[number] for number in members])
-            hidden = self._weights.embed(tokens)
+            hidden = (self.variant or self._weights).embed(tokens)
             save_arrays(self.states.path(-1, wave), {"hidden": hidden})
 
     def attend(self, layer: Any, index: int, wave: int) -> _Turn | None:
         """Bring a wave through a layer's attention; None if there is nothing left to do."""
         if index < self._next or wave >= self.waves or self.states.has(index, wave):
             return None
+        if self.variant:
+            layer = self.variant.own_layer(index, layer)
         if self.watching:
             self.watching.watch(layer, index)
         turn = self._attend(layer, index, load_arrays(self.states.path(index - 1, wave)), wave)
@@ -276,7 +305,7 @@ class _Pass:
 
     def finish(self, last: int) -> list[Path]:
         """Write the final hidden states; returns their files."""
-        norm = self._weights.norm()
+        norm = (self.variant or self._weights).norm()
         for wave in range(len(self._waves)):
             hidden = load_arrays(self.states.path(last, wave))["hidden"]
             for number, rows in self._members(wave):

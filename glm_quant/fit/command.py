@@ -1,9 +1,10 @@
 """`glm-quant fit`: measure, solve, and write a recipe that `convert` takes.
 
-The recipe to begin with says what is quantized, by which quantizer, and everything that is not
-about bits. What comes out is the same recipe with other bits: its header comment says from which
-numbers. What a reader would get wrong: the budget holds the plan's exact sizes, so the search for
-bits ends with a plan of the recipe as it was written, and an error if it is above the budget.
+The recipe to begin with says what is quantized, by which quantizer, calibrated on what, and
+everything that is not about bits. What comes out is the same recipe with other bits: its header
+comment says from which numbers. What a reader would get wrong: the budget holds the plan's exact
+sizes, so the search for bits ends with a plan of the recipe as it was written, and an error if it
+is above the budget.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -14,6 +15,12 @@ import yaml
 
 from glm_quant import __version__
 from glm_quant.artifact import write_atomic
+from glm_quant.calibration.own import (
+    calibrate_build,
+    imatrix_folder,
+    record_path,
+    standing_imatrix,
+)
 from glm_quant.checkpoint.reader import Checkpoint
 from glm_quant.errors import InputError, OutputError, RecipeError
 from glm_quant.evaluation.token_set import TokenSet
@@ -31,6 +38,7 @@ from glm_quant.fit.sensitivity import (
 from glm_quant.fit.solve import Front, Option, Point
 from glm_quant.fit.target import Budget, parse_target
 from glm_quant.model.groups import GROUPS
+from glm_quant.quantize.convert import Watcher
 from glm_quant.quantize.plan import Plan, make_plan
 from glm_quant.quantize.scheme import Quantized
 from glm_quant.recipe import ComponentGroup, Recipe, load_recipe, parse_recipe
@@ -99,7 +107,7 @@ def fit(
     output: Path,
     settings: FitSettings,
     make_tokens: Callable[[], TokenSet],
-    progress: Callable[[int, int], None] = lambda _done, _total: None,
+    watcher: Watcher,
 ) -> FitResult:
     """Write the recipe of least cost within a budget.
 
@@ -109,7 +117,7 @@ def fit(
         output: the recipe file to write; records stand beside it, in `.NAME.glm-quant/`.
         settings: what else is asked.
         make_tokens: returns the token set for `kl`; called only if that is measured.
-        progress: called with numbers that are known and numbers that are needed.
+        watcher: sees what is calibrated, where the recipe wants that, and measured.
 
     Raises:
         RecipeError: the target cannot be met, or recipe and floors leave nothing to fit.
@@ -120,9 +128,7 @@ def fit(
     output = output.expanduser().absolute()
     if output.exists():
         raise OutputError(f"{output}: the file is there already. Move it, or choose another name.")
-    recipe = load_recipe(settings.recipe)
-    if settings.imatrix is not None:
-        recipe = recipe.model_copy(update={"imatrix": settings.imatrix})
+    recipe = _to_fit(settings)
     plan = make_plan(source, recipe)
     source.require_weights()
     budget = parse_target(target, plan.geometry, plan.params)
@@ -133,30 +139,61 @@ def fit(
     )
     if smallest > budget.size_bytes:
         raise _too_small(budget, smallest)
+    measure = _measure(source, settings.measure)
     beside = Workspace(output.with_name(f".{output.stem}.glm-quant"))
     beside.create()
     with beside.locked():
-        meter = _meter(source, settings.measure, len(parts), make_tokens, beside)
-        costs = measure_costs(meter, parts, beside.records, progress)
-        return _Fit(source, recipe, plan, parts, costs, budget, meter.describe()).write(output)
+        if plan.uncalibrated and measure != "error":
+            plan = make_plan(source, recipe, _calibrated(source, recipe, beside, watcher))
+            parts = divide(plan, recipe, settings.bands, settings.floors)
+        watcher.begin("measure")
+        meter = _meter(source, measure, make_tokens, beside)
+        costs = measure_costs(
+            meter, parts, beside.records, lambda done, total: watcher.move("measure", done, total)
+        )
+        cost_of = meter.describe() + (", without the calibration" if plan.uncalibrated else "")
+        return _Fit(source, recipe, plan, parts, costs, budget, cost_of).write(output)
+
+
+def _to_fit(settings: FitSettings) -> Recipe:
+    """Return the recipe to begin with; what calibrates it unsaid is said, as `run` will read it."""
+    recipe = load_recipe(settings.recipe)
+    if settings.imatrix is not None:
+        return recipe.model_copy(update={"imatrix": settings.imatrix, "calibration": None})
+    return recipe.model_copy(update={"calibration": recipe.own_calibration})
+
+
+def _calibrated(source: Checkpoint, recipe: Recipe, beside: Workspace, watcher: Watcher) -> Path:
+    """Return the folder of the calibration that the recipe wants, made if it does not stand."""
+    if standing_imatrix(source, recipe, beside) is None:
+        watcher.begin("calibrate")
+        record = calibrate_build(
+            source, recipe, beside, lambda done, total: watcher.move("calibrate", done, total)
+        )
+        record.save(record_path(beside))
+    return imatrix_folder(beside)
+
+
+def _measure(source: Checkpoint, said: Measure | None) -> Measure:
+    """Return what is measured where nothing is said."""
+    if said is not None:
+        return said
+    size = sum(source.files[name].size_bytes for name in source.index.shards)
+    if size <= _KL_BYTES:
+        return "kl"
+    if source.source.places is not None:
+        raise InputError(
+            f"{source.source.uri}: measuring streams all of its {size:,} bytes over the network, "
+            "at least once, and once before where the recipe wants a calibration. Fetch it into a "
+            "folder first, or say `--measure scaled` to stream it all the same, or `--measure "
+            "error` for a guess from a few rows."
+        )
+    return "scaled"
 
 
 def _meter(
-    source: Checkpoint,
-    said: Measure | None,
-    parts: int,
-    make_tokens: Callable[[], TokenSet],
-    beside: Workspace,
-) -> Meter:
-    size = sum(source.files[name].size_bytes for name in source.index.shards)
-    if said is None and size > _KL_BYTES and source.source.places is not None:
-        raise InputError(
-            f"{source.source.uri}: measuring {parts} parts reads it {parts + 1} times, each time "
-            f"{size:,} bytes over the network. Fetch it into a folder first, or say `--measure "
-            "scaled` to read it from there all the same, or `--measure error` for a guess from a "
-            "few rows."
-        )
-    measure = said or ("kl" if size <= _KL_BYTES else "scaled")
+    source: Checkpoint, measure: Measure, make_tokens: Callable[[], TokenSet], beside: Workspace
+) -> Meter | ScaledMeter:
     if measure == "error":
         return ErrorMeter(source)
     divergence = DivergenceMeter(source, make_tokens(), beside.scratch)

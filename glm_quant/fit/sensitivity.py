@@ -1,12 +1,13 @@
 """What it costs in quality to store one part in one way, all else being the source's.
 
 Three measures. `kl` streams the source with just this part quantized and takes the mean of KL over
-some tokens: what a user would notice, but the whole source is read for every number. `error` reads
-a few rows of each weight and sums their relative squared errors, weighed by the energies of their
+some tokens: what a user would notice, but every part is encoded in every scheme. `error` reads a
+few rows of each weight and sums their relative squared errors, weighed by the energies of their
 inputs where there is an imatrix: Σ over matrices of ΣE(w - ŵ)² / ΣEw². It takes each matrix to
-matter as much as any other, which no model obeys. `scaled` streams once for each part, in one
-scheme, and scales that KL by the ratio of errors for the others. What a reader would get wrong:
-costs are added up over parts as if they did not meet, which holds for small errors (HIGGS,
+matter as much as any other, which no model obeys. `scaled` streams each part in one scheme, and
+scales that KL by the ratio of errors for the others. Trials walk through the source together, as
+many as memory holds, so that it is read once for all of them. What a reader would get wrong: costs
+are added up over parts as if they did not meet, which holds for small errors (HIGGS,
 arXiv:2411.17525).
 
 Each number is a record, keyed by content: a fit that was interrupted, or that has another budget,
@@ -15,22 +16,23 @@ measures only what is new.
 
 import logging
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from itertools import groupby
 from pathlib import Path
-from typing import Literal, Protocol, get_args
+from typing import Literal, NamedTuple, Protocol, get_args
 
 import mlx.core as mx
 import numpy as np
 from numpy.typing import NDArray
 
-from glm_quant.artifact import Record
+from glm_quant.artifact import Record, require_space
 from glm_quant.checkpoint.reader import Checkpoint
 from glm_quant.errors import WeightError
 from glm_quant.evaluation.activations import load_arrays
 from glm_quant.evaluation.compare import compare_states, targets_of
 from glm_quant.evaluation.divergence import half_of_memory, reference_key
-from glm_quant.evaluation.memory_plan import plan_memory
-from glm_quant.evaluation.streaming import forget_states, sequence_path, stream_states
+from glm_quant.evaluation.memory_plan import disk_bytes, plan_memory
+from glm_quant.evaluation.streaming import Party, forget_states, sequence_path, stream_together
 from glm_quant.evaluation.token_set import TokenSet
 from glm_quant.evaluation.weights import Floats, SourceWeights
 from glm_quant.fingerprint import Canonical, fingerprint
@@ -55,6 +57,23 @@ _TENSORS, _UNITS = 8, 16
 _log = logging.getLogger(__name__)
 
 
+class Trial(NamedTuple):
+    """One part in one scheme."""
+
+    part: Part
+    scheme: Quantized
+
+    @property
+    def schemes(self) -> Canonical:
+        """What becomes of each weight."""
+        return {path: one.describe() for path, one in self.planned.items()}
+
+    @property
+    def planned(self) -> dict[str, PlannedWeight]:
+        """Its weights by path."""
+        return self.part.under(self.scheme)
+
+
 class CostRecord(Record):
     """The cost of one part under one scheme."""
 
@@ -73,8 +92,8 @@ class Meter(Protocol):
         """Return what decides its numbers, besides the weights' schemes."""
         ...
 
-    def costs(self, part: Part, schemes: Sequence[Quantized]) -> list[float]:
-        """Measure a part under some schemes."""
+    def costs(self, trials: Sequence[Trial], progress: Progress) -> Iterator[float]:
+        """Measure trials, in their order."""
         ...
 
     def describe(self) -> str:
@@ -83,7 +102,7 @@ class Meter(Protocol):
 
 
 def measure_costs(
-    meter: Meter, parts: Sequence[Part], folder: Path, progress: Progress
+    meter: "Meter | ScaledMeter", parts: Sequence[Part], folder: Path, progress: Progress
 ) -> list[list[float]]:
     """Measure every part under every scheme that it may get, or read what was measured.
 
@@ -91,47 +110,55 @@ def measure_costs(
         meter: how.
         parts: what.
         folder: for the records, ours alone.
-        progress: called with numbers that are known and numbers that are needed.
+        progress: called with what is done and what there is to do.
 
     Returns:
         Costs, a list for each part, in the order of its schemes.
     """
-    total = sum(len(part.schemes) for part in parts)
-    done = 0
-    costs: list[list[float]] = []
-    for part in parts:
-        found: list[float] = []
-        for scheme in part.schemes:
-            found.append(_cost(meter, part, scheme, folder))
-            done += 1
-            progress(done, total)
-        costs.append(found)
-    return costs
+    trials = [Trial(part, scheme) for part in parts for scheme in part.schemes]
+    if isinstance(meter, ScaledMeter):
+        found = meter.scaled(trials, folder, progress)
+    else:
+        found = recorded(meter, trials, folder, progress)
+    costs = iter(found)
+    return [[next(costs) for _ in part.schemes] for part in parts]
 
 
-def _cost(meter: Meter, part: Part, scheme: Quantized, folder: Path) -> float:
-    key = fingerprint(
-        {
-            "version": [VERSION, encode.VERSION],
-            "measure": meter.measure,
-            "inputs": meter.inputs(),
-            "weights": {path: one.describe() for path, one in part.under(scheme).items()},
-        }
-    )
-    path = folder / f"cost-{key[:24]}.json"
-    known = CostRecord.load(path)
-    if known is not None and known.fingerprint == key:
-        return known.cost
-    cost = meter.costs(part, [scheme])[0]
-    _log.info("fit: %s in %s costs %.3g", part.title, scheme.describe(), cost)
-    CostRecord(
-        fingerprint=key,
-        part=part.title,
-        scheme=scheme.describe(),
-        measure=meter.measure,
-        cost=cost,
-    ).save(path)
-    return cost
+def recorded(
+    meter: Meter, trials: Sequence[Trial], folder: Path, progress: Progress
+) -> list[float]:
+    """Return the costs of trials; only those without a record are measured."""
+    keys = [
+        fingerprint(
+            {
+                "version": [VERSION, encode.VERSION],
+                "measure": meter.measure,
+                "inputs": meter.inputs(),
+                "weights": trial.schemes,
+            }
+        )
+        for trial in trials
+    ]
+    paths = [folder / f"cost-{key[:24]}.json" for key in keys]
+    costs: dict[str, float] = {}
+    for key, path in zip(keys, paths, strict=True):
+        known = CostRecord.load(path)
+        if known is not None and known.fingerprint == key:
+            costs[key] = known.cost
+    new = [i for i, key in enumerate(keys) if key not in costs]
+    found = meter.costs([trials[i] for i in new], progress)
+    for i, cost in zip(new, found, strict=True):
+        part, scheme = trials[i]
+        _log.info("fit: %s in %s costs %.3g", part.title, scheme.describe(), cost)
+        costs[keys[i]] = cost
+        CostRecord(
+            fingerprint=keys[i],
+            part=part.title,
+            scheme=scheme.describe(),
+            measure=meter.measure,
+            cost=cost,
+        ).save(paths[i])
+    return [costs[key] for key in keys]
 
 
 class DivergenceMeter:
@@ -151,14 +178,14 @@ class DivergenceMeter:
         self._tokens = tokens
         self._key = reference_key(source, tokens.sha256)
         self._folder = folder
+        self._geometry = Geometry.from_config(source.config)
         self._plan = plan_memory(
-            Geometry.from_config(source.config),
+            self._geometry,
             [len(sequence) for sequence in tokens.sequences],
             half_of_memory(),
             self._source.runtime.BLOCK_ELEMENTS,
         )
         self._targets = targets_of(tokens.sequences)
-        self._reference: Floats | None = None
 
     def inputs(self) -> Canonical:
         """Return the key of the source's states."""
@@ -171,32 +198,63 @@ class DivergenceMeter:
             f"(sha256 {self._tokens.sha256[:12]}) with one part quantized"
         )
 
-    def costs(self, part: Part, schemes: Sequence[Quantized]) -> list[float]:
-        """Stream the source once for each scheme."""
-        return [self.divergence(part.under(scheme)) for scheme in schemes]
+    def costs(self, trials: Sequence[Trial], progress: Progress) -> Iterator[float]:
+        """Stream the source once for as many trials as memory holds, and once more for the rest."""
+        depth = self._geometry.num_hidden_layers
+        count = self._at_once()
+        for first in range(0, len(trials), count):
+            some = trials[first : first + count]
 
-    def divergence(self, planned: dict[str, PlannedWeight]) -> float:
-        """Return the mean KL of the source with some weights quantized."""
-        if self._reference is None:
-            self._reference = self._states(self._source, f"reference-{self._key[:16]}")
-        schemes: Canonical = {path: one.describe() for path, one in planned.items()}
-        trial = TrialWeights(self._source.checkpoint, planned)
-        name = f"trial-{fingerprint([self._key, schemes])[:16]}"
-        states = self._states(trial, name)
-        found = compare_states((self._source, self._reference), (trial, states), self._targets)
-        shutil.rmtree(self._folder / name)
-        return float(found.kl.mean())
+            def tick(done: int, _: int, first: int = first, some: int = len(some)) -> None:
+                progress(first * depth + some * done, len(trials) * depth)
 
-    def _states(self, weights: SourceWeights, name: str) -> Floats:
-        """Return final hidden states [tokens, hidden_size], streamed if they do not stand."""
+            yield from self._together(some, tick)
+
+    def _at_once(self) -> int:
+        """Return how many trials one pass can take: each has its states, and its own layer."""
+        tokens = len(self._targets)
+        room = half_of_memory() - 2 * self._plan.fixed_bytes
+        return max(room // (self._plan.token_bytes * tokens) - 1, 1)
+
+    def _together(self, trials: Sequence[Trial], progress: Progress) -> list[float]:
+        weights = [TrialWeights(self._source.checkpoint, trial.planned) for trial in trials]
+        names = [f"trial-{fingerprint([self._key, trial.schemes])[:16]}" for trial in trials]
+        reference = self._party(f"reference-{self._key[:16]}", None)
+        parties = [self._party(*one) for one in zip(names, weights, strict=True)]
+        missing = [one for one in (reference, *parties) if not _is_done(one)]
+        if missing:
+            size = disk_bytes(self._geometry, len(self._targets)) * len(missing)
+            require_space(self._folder, size, "the hidden states of a pass")
+            stream_together(self._source, missing, progress)
+        for one in missing:
+            forget_states(one.folder)
+        states = _final_states(reference)
+        costs: list[float] = []
+        for one, model in zip(parties, weights, strict=True):
+            own = _final_states(one)
+            found = compare_states((self._source, states), (model, own), self._targets)
+            costs.append(float(found.kl.mean()))
+        for one in parties:
+            shutil.rmtree(one.folder)
+        return costs
+
+    def _party(self, name: str, weights: TrialWeights | None) -> Party:
         folder = self._folder / name
         folder.mkdir(parents=True, exist_ok=True)
-        sequences = self._tokens.sequences
-        paths = [sequence_path(folder, number) for number in range(len(sequences))]
-        if not all(path.is_file() for path in paths):
-            stream_states(weights, sequences, self._plan, folder)
-            forget_states(folder)
-        return np.concatenate([load_arrays(path)["hidden"] for path in paths])
+        return Party(self._tokens.sequences, self._plan, folder, variant=weights)
+
+
+def _final_files(party: Party) -> list[Path]:
+    return [sequence_path(party.folder, number) for number in range(len(party.sequences))]
+
+
+def _is_done(party: Party) -> bool:
+    return all(path.is_file() for path in _final_files(party))
+
+
+def _final_states(party: Party) -> Floats:
+    """Return [tokens, hidden_size]."""
+    return np.concatenate([load_arrays(path)["hidden"] for path in _final_files(party)])
 
 
 class ScaledMeter:
@@ -207,24 +265,27 @@ class ScaledMeter:
     def __init__(self, divergence: DivergenceMeter, error: "ErrorMeter") -> None:
         """Prepare; reads nothing yet."""
         self._divergence, self._error = divergence, error
-        # Of the part that is being measured: KL for each unit of error.
-        self._rate: tuple[Part | None, float] = (None, 0.0)
-
-    def inputs(self) -> Canonical:
-        """Return what decides the KL; the weights' identity is in it."""
-        return self._divergence.inputs()
 
     def describe(self) -> str:
         """Return what a cost is."""
         return f"{self._divergence.describe()}, in one scheme; others by the error of some rows"
 
-    def costs(self, part: Part, schemes: Sequence[Quantized]) -> list[float]:
-        """Stream the source once for a part, if it is another than before."""
-        if self._rate[0] is not part:
-            middle = part.schemes[len(part.schemes) // 2]
-            (kl,), (error,) = (m.costs(part, [middle]) for m in (self._divergence, self._error))
-            self._rate = part, kl / error if error else 0.0
-        return [self._rate[1] * error for error in self._error.costs(part, schemes)]
+    def scaled(self, trials: Sequence[Trial], folder: Path, progress: Progress) -> list[float]:
+        """Return the costs of trials; KL and errors have records of their own."""
+        middle = {
+            id(t.part): Trial(t.part, t.part.schemes[len(t.part.schemes) // 2]) for t in trials
+        }
+        streamed = recorded(self._divergence, list(middle.values()), folder, progress)
+        every = [*middle.values(), *trials]
+        errors = recorded(self._error, every, folder, lambda _done, _total: None)
+        rates = {
+            part: kl / error if error else 0.0
+            for part, kl, error in zip(middle, streamed, errors, strict=False)
+        }
+        return [
+            rates[id(trial.part)] * error
+            for trial, error in zip(trials, errors[len(middle) :], strict=True)
+        ]
 
 
 class ErrorMeter:
@@ -236,8 +297,6 @@ class ErrorMeter:
         """Prepare; reads nothing yet."""
         self._source = source
         self._geometry = Geometry.from_config(source.config)
-        # The rows of one part: its schemes are measured one after the other.
-        self._held: tuple[Part | None, list[_Sample]] = (None, [])
 
     def inputs(self) -> Canonical:
         """Return the identity of the source's shards."""
@@ -247,30 +306,37 @@ class ErrorMeter:
         """Return what a cost is."""
         return "sum over a part's matrices of the relative squared error of some rows"
 
-    def costs(self, part: Part, schemes: Sequence[Quantized]) -> list[float]:
-        """Encode the rows under each scheme."""
-        if self._held[0] is not part:
-            self._held = part, [s for one in part.weights for s in self._samples(one)]
-        return [self._sum(part, scheme) for scheme in schemes]
+    def costs(self, trials: Sequence[Trial], progress: Progress) -> Iterator[float]:
+        """Read the rows of each part once and encode them under each scheme."""
+        done = 0
+        for _, same in groupby(trials, key=lambda trial: id(trial.part)):
+            some = list(same)
+            yield from self._of_part(some[0].part, [trial.scheme for trial in some])
+            done += len(some)
+            progress(done, len(trials))
 
-    def _sum(self, part: Part, scheme: Quantized) -> float:
-        planned = part.under(scheme)
-        off, size = dict.fromkeys(planned, 0.0), dict.fromkeys(planned, 0.0)
-        for path, first_row, rows in self._held[1]:
-            one = planned[path]
-            energy = np.ones((1, rows.shape[1]), np.float32)
-            if one.energy is not None:
-                energy = one.energy.of_rows(first_row, len(rows), one.weight.rows)
-            weighed = np.repeat(energy, len(rows) // len(energy), axis=0).astype(np.float64)
-            made = expanded(one, rows, first_row)
-            off[path] += float((weighed * np.square(made - rows, dtype=np.float64)).sum())
-            size[path] += float((weighed * np.square(rows, dtype=np.float64)).sum())
-        return sum(off[path] / size[path] for path in planned if size[path])
+    def _of_part(self, part: Part, schemes: Sequence[Quantized]) -> NDArray[np.float64]:
+        planned = [part.under(scheme) for scheme in schemes]
+        total = np.zeros(len(schemes))
+        for one in part.weights:
+            off, size = np.zeros(len(schemes)), 0.0
+            for first_row, rows in self._samples(one):
+                energy = np.ones((1, rows.shape[1]), np.float32)
+                if one.energy is not None:
+                    energy = one.energy.of_rows(first_row, len(rows), one.weight.rows)
+                weighed = np.repeat(energy, len(rows) // len(energy), axis=0).astype(np.float64)
+                size += float((weighed * np.square(rows, dtype=np.float64)).sum())
+                for i, under in enumerate(planned):
+                    made = expanded(under[one.weight.path], rows, first_row)
+                    off[i] += (weighed * np.square(made - rows, dtype=np.float64)).sum()
+            if size:
+                total += off / size
+        return total
 
-    def _samples(self, planned: PlannedWeight) -> list["_Sample"]:
+    def _samples(self, planned: PlannedWeight) -> Iterator[tuple[int, NDArray[np.float32]]]:
+        """Yield the row of a weight at which some rows begin, and these rows."""
         parts = planned.weight.parts
         numbers = np.unique(np.linspace(0, len(parts) - 1, min(_TENSORS, len(parts))).astype(int))
-        samples: list[_Sample] = []
         for part in (parts[int(number)] for number in numbers):
             rows_in, rows_out = part.unit
             count = min(_UNITS, part.units)
@@ -281,10 +347,7 @@ class ErrorMeter:
                 raise WeightError(
                     f"{info.shard}: tensor {part.source} holds NaN or Inf. Fetch the shard again."
                 )
-            made = transform_rows(block, part.transform, self._geometry)
-            samples.append((planned.weight.path, part.first_row + first * rows_out, made))
-        return samples
-
-
-# Path of a weight, row of it at which the sample begins, and its rows.
-_Sample = tuple[str, int, NDArray[np.float32]]
+            yield (
+                part.first_row + first * rows_out,
+                transform_rows(block, part.transform, self._geometry),
+            )

@@ -4,7 +4,11 @@ Weights are encoded when they are needed and expanded to the float32 values that
 for, by the engine's own `encode`, so a trial has the values of the build that it speaks of.
 """
 
+import os
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -44,15 +48,22 @@ class TrialWeights(SourceWeights):
 
     def experts(self, layer: int, wanted: Sequence[int]) -> Iterator[tuple[int, list[mx.array]]]:
         """Yield (expert, [gate, up, down]) in the order of `wanted`; each [out, in]."""
-        path = f"model.layers.{layer}.mlp.switch_mlp"
         for expert, matrices in super().experts(layer, wanted):
-            yield (
-                expert,
-                [
-                    self._stored(f"{path}.{name}", matrix, expert * matrix.shape[0])
-                    for name, matrix in zip(PROJECTIONS, matrices, strict=True)
-                ],
-            )
+            yield expert, self.own_expert(layer, expert, matrices)
+
+    def own_layer(self, index: int, layer: Any) -> Any:
+        """Return a layer with what is planned of it, or the source's where nothing is."""
+        prefix = f"model.layers.{index}."
+        own = (path for path in self._planned if path.startswith(prefix))
+        return self.layer(index) if any(".switch_mlp." not in path for path in own) else layer
+
+    def own_expert(self, layer: int, expert: int, matrices: Sequence[mx.array]) -> list[mx.array]:
+        """Return [gate, up, down] of an expert, given the source's."""
+        path = f"model.layers.{layer}.mlp.switch_mlp"
+        return [
+            self._stored(f"{path}.{name}", matrix, expert * matrix.shape[0])
+            for name, matrix in zip(PROJECTIONS, matrices, strict=True)
+        ]
 
     def _stored(self, path: str, values: mx.array, first_row: int = 0) -> mx.array:
         planned = self._planned.get(path)
@@ -78,16 +89,44 @@ def expanded(
     scheme, dtype = planned.scheme, planned.weight.source_dtype
     if not isinstance(scheme, Quantized):
         raise TypeError(f"{planned.weight.name}: {scheme.describe()} is no quantized scheme")
-    energy = None
-    if planned.energy is not None:
-        energy = planned.energy.of_rows(first_row, len(rows), planned.weight.rows)
     bits = from_float32(np.ascontiguousarray(rows), dtype)
     factor = planned.factor.load() if planned.factor is not None else None
-    codes, scales, biases = encode(Rows(bits, dtype), scheme, planned.weight.name, energy, factor)
-    made = mx.dequantize(
-        mx.array(codes),
-        *(as_array(a.data, dtype, a.shape).astype(mx.float32) for a in (scales, biases)),
-        group_size=scheme.group_size,
-        bits=scheme.bits,
+
+    def codes(piece: slice) -> list[NDArray[Any]]:
+        energy = None
+        if planned.energy is not None:
+            first, count = first_row + piece.start, piece.stop - piece.start
+            energy = planned.energy.of_rows(first, count, planned.weight.rows)
+        return encode(Rows(bits[piece], dtype), scheme, planned.weight.name, energy, factor)
+
+    pieces = _threads().map(codes, _pieces(planned, first_row, len(rows)))
+    made, scales, biases = map(np.concatenate, zip(*pieces, strict=True))
+    return np.array(
+        mx.dequantize(
+            mx.array(made),
+            *(as_array(a.data, dtype, a.shape).astype(mx.float32) for a in (scales, biases)),
+            group_size=scheme.group_size,
+            bits=scheme.bits,
+        )
     )
-    return np.array(made)
+
+
+# Rows that a thread encodes at a time.
+_ROWS = 256
+
+
+def _pieces(planned: PlannedWeight, first_row: int, count: int) -> Iterator[slice]:
+    """Yield pieces of some rows of a weight, none of them with rows of two units of its energy."""
+    unit = planned.weight.rows // (planned.energy.units if planned.energy else 1)
+    begin = 0
+    while begin < count:
+        left = unit - (first_row + begin) % unit
+        end = min(begin + min(_ROWS, left), count)
+        yield slice(begin, end)
+        begin = end
+
+
+@cache
+def _threads() -> ThreadPoolExecutor:
+    """Return the threads that encode: nothing but compiled loops runs in them."""
+    return ThreadPoolExecutor(os.cpu_count(), thread_name_prefix="trial")

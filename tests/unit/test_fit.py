@@ -2,6 +2,8 @@
 
 import json
 import re
+from collections import Counter
+from contextlib import nullcontext
 from itertools import product
 from pathlib import Path
 
@@ -10,6 +12,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from glm_quant.calibration.calibrate import calibrate
+from glm_quant.calibration.command import open_calibrated
 from glm_quant.checkpoint.reader import Checkpoint
 from glm_quant.checkpoint.source import FolderSource
 from glm_quant.errors import InputError, OutputError, RecipeError
@@ -17,7 +21,14 @@ from glm_quant.evaluation.token_set import TokenSet, make_token_set
 from glm_quant.evaluation.weights import BuildWeights
 from glm_quant.fit.command import FitSettings, fit, parse_floors, parse_measure
 from glm_quant.fit.parts import divide
-from glm_quant.fit.sensitivity import DivergenceMeter, ErrorMeter, ScaledMeter
+from glm_quant.fit.sensitivity import (
+    DivergenceMeter,
+    ErrorMeter,
+    Meter,
+    ScaledMeter,
+    Trial,
+    measure_costs,
+)
 from glm_quant.fit.solve import Front, Option
 from glm_quant.fit.target import parse_target
 from glm_quant.fit.trial import TrialWeights
@@ -101,6 +112,23 @@ def test_targets(release: Path) -> None:
         parse_target("small", geometry, 1)
 
 
+class Seen:
+    """Notes which stages begin, and that none moves back."""
+
+    def __init__(self) -> None:
+        self.stages: list[str] = []
+        self.share = 0.0
+
+    def begin(self, stage: str) -> None:
+        self.stages.append(stage)
+        self.share = 0.0
+
+    def move(self, stage: str, done: int, total: int) -> None:
+        assert stage == self.stages[-1]
+        assert self.share <= done / total <= 1
+        self.share = done / total
+
+
 def no_tokens() -> TokenSet:
     """Tokens of a fit that must not ask for any."""
     raise AssertionError("error needs no tokens")
@@ -109,7 +137,7 @@ def no_tokens() -> TokenSet:
 def fitted(source: Path, output: Path, target: str, *floors: str, bands: int = 2) -> str:
     """Fit by error; return what the recipe file says."""
     settings = FitSettings("demo", parse_floors(floors), bands, "error")
-    result = fit(Checkpoint.open(source), target, output, settings, no_tokens)
+    result = fit(Checkpoint.open(source), target, output, settings, no_tokens, Seen())
     assert result.output == output
     return output.read_text()
 
@@ -127,17 +155,30 @@ def test_recipe_plans_to_the_bytes_it_names(small: Path, tmp_path: Path) -> None
     assert "No other choice within the budget has a lower sum" in text
 
 
-def test_large_sources_are_streamed_once_for_each_part(
+def costs_of(meter: Meter, trials: list[Trial]) -> list[float]:
+    """Measure, nothing recorded."""
+    return list(meter.costs(trials, lambda _done, _total: None))
+
+
+def one_part(path: Path, part: str, **settings: object) -> str:
+    """Write a recipe that leaves one group to fit; return its path."""
+    groups = [group for group in GROUPS if group not in (part, "mtp")]
+    rules = [
+        {"group": "mtp", "drop": True},
+        {"group": groups, "dtype": "source"},
+        {"group": part, "bits": 4, "group_size": 64},
+    ]
+    recipe = {"name": "one", "description": "one part to fit", "rules": rules, **settings}
+    path.write_text(json.dumps(recipe))
+    return str(path)
+
+
+def test_large_sources_are_streamed_in_one_scheme_a_part(
     small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Unasked, a large source in a folder is measured by `scaled`; one elsewhere is not begun."""
     monkeypatch.setattr("glm_quant.fit.command._KL_BYTES", 0)
-    groups = [group for group in GROUPS if group not in ("lm_head", "mtp")]
-    rules = [{"group": groups, "dtype": "source"}, {"group": "mtp", "drop": True}]
-    rules.append({"group": "lm_head", "bits": 4, "group_size": 64})
-    one = {"name": "one", "description": "one part to fit", "rules": rules}
-    (tmp_path / "one.yaml").write_text(json.dumps(one))
-    settings = FitSettings(str(tmp_path / "one.yaml"), {}, bands=1)
+    settings = FitSettings(one_part(tmp_path / "one.yaml", "lm_head"), {}, bands=1)
     source = Checkpoint.open(small)
     fit(
         source,
@@ -145,6 +186,7 @@ def test_large_sources_are_streamed_once_for_each_part(
         tmp_path / "mine.yaml",
         settings,
         lambda: make_token_set(source, DivergenceSettings(tokens=64, context=32)),
+        Seen(),
     )
     text = (tmp_path / "mine.yaml").read_text()
     assert "in one scheme; others by the error of some rows" in text
@@ -152,8 +194,76 @@ def test_large_sources_are_streamed_once_for_each_part(
     class Remote(FolderSource):
         places = 2
 
-    with pytest.raises(InputError, match=r"reads it \d+ times.*Fetch it into a folder first"):
-        fit(Checkpoint.open(Remote(small)), "16bpw", tmp_path / "b.yaml", settings, no_tokens)
+    remote = Checkpoint.open(Remote(small))
+    with pytest.raises(InputError, match=r"over the network.*Fetch it into a folder first"):
+        fit(remote, "16bpw", tmp_path / "b.yaml", settings, no_tokens, Seen())
+
+
+def test_what_is_measured_is_what_the_recipe_makes(small: Path, tmp_path: Path) -> None:
+    """A recipe that wants a calibration is measured with one, and says it: `convert` makes it too.
+
+    It has the bits of the trials and what they were calibrated with, in the bytes that it names.
+    """
+    calibration = {"tokens": 64, "context": 32}
+    base = one_part(tmp_path / "b.yaml", "dense_mlp", quantizer="gptq", calibration=calibration)
+    source, output, seen = Checkpoint.open(small), tmp_path / "mine.yaml", Seen()
+    tokens = make_token_set(source, DivergenceSettings(tokens=32, context=32))
+    settings = FitSettings(base, {}, bands=1, measure="scaled")
+    result = fit(source, "15.7bpw", output, settings, lambda: tokens, seen)
+    assert seen.stages == ["calibrate", "measure"]
+    assert "imatrix" not in output.read_text()
+    opened = open_calibrated(small, str(output), tmp_path / "build", lambda: nullcontext(Seen()))
+    plan = opened.conversion.plan
+    assert (plan.tensor_bytes, plan.bits_per_weight) == (
+        result.tensor_bytes,
+        result.bits_per_weight,
+    )
+    (part,) = divide(plan, load_recipe(output), 1, {})
+    beside = tmp_path / ".mine.glm-quant" / "calibration" / "imatrix"
+    (tried,) = divide(make_plan(source, load_recipe(output), beside), load_recipe(output), 1, {})
+    assert all(one.factor is not None for one in part.weights)
+    assert [one.describe() for one in part.weights] == [one.describe() for one in tried.weights]
+    output.unlink()
+    fit(source, "15.6bpw", output, settings, lambda: tokens, seen)
+    assert seen.stages == ["calibrate", "measure", "measure"]
+
+
+def test_an_imatrix_takes_the_place_of_a_calibration(small: Path, tmp_path: Path) -> None:
+    """A recipe with `calibration` is fitted to an imatrix that is named, and reads back."""
+    source = Checkpoint.open(small)
+    batch = make_token_set(source, DivergenceSettings(tokens=64, context=32))
+    calibrate(source, batch, tmp_path / "imatrix")
+    base = one_part(tmp_path / "b.yaml", "dense_mlp", quantizer="search", calibration={})
+    settings = FitSettings(base, {}, 1, "error", str(tmp_path / "imatrix"))
+    fit(source, "15.7bpw", tmp_path / "mine.yaml", settings, no_tokens, Seen())
+    made = load_recipe(tmp_path / "mine.yaml")
+    assert (made.imatrix, made.calibration) == (str(tmp_path / "imatrix"), None)
+
+
+def test_trials_share_the_reading_of_the_source(small: Path, tmp_path: Path) -> None:
+    """Together they cost what each does alone, and no expert is read twice for them."""
+    reads = Counter[tuple[str, int]]()
+
+    class Counting(FolderSource):
+        def read(self, name: str, begin: int = 0, end: int | None = None) -> bytes:
+            reads[name, begin] += 1
+            return super().read(name, begin, end)
+
+    recipe = load_recipe(PLAIN)
+    source = Checkpoint.open(Counting(small))
+    parts = divide(make_plan(source, recipe), recipe, 2, {})
+    experts = {
+        (info.shard, info.begin) for name, info in source.tensors.items() if ".experts." in name
+    }
+    trials = [Trial(part, part.schemes[0]) for part in parts]
+    tokens = make_token_set(source, DivergenceSettings(tokens=64, context=32))
+    together = costs_of(DivergenceMeter(source, tokens, tmp_path / "a"), trials)
+    assert len(trials) > 5
+    assert max(reads[place] for place in experts) == 1
+    meter = DivergenceMeter(source, tokens, tmp_path / "b")
+    alone = [cost for trial in trials for cost in costs_of(meter, [trial])]
+    assert alone == together
+    assert max(reads[place] for place in experts) > len(trials)
 
 
 def test_size_includes_headers(small: Path, tmp_path: Path) -> None:
@@ -258,10 +368,15 @@ def test_more_bits_cost_less(small: Path, tmp_path: Path) -> None:
     ]
     tokens = make_token_set(source, DivergenceSettings(tokens=64, context=32))
     error, kl = ErrorMeter(source), DivergenceMeter(source, tokens, tmp_path)
-    for meter in (error, kl, ScaledMeter(kl, error)):
-        costs = meter.costs(part, wanted)
+    for meter in (error, kl):
+        costs = costs_of(meter, [Trial(part, scheme) for scheme in wanted])
         assert costs == sorted(costs, reverse=True)
         assert costs[0] > 10 * costs[-1] > 0
-    middle = [part.schemes[len(part.schemes) // 2]]
-    assert ScaledMeter(kl, error).costs(part, middle) == pytest.approx(kl.costs(part, middle))
+    (scaled,) = measure_costs(
+        ScaledMeter(kl, error), [part], tmp_path / "records", lambda _done, _total: None
+    )
+    by_size = sorted(zip(part.schemes, scaled, strict=True), key=lambda pair: pair[0].bits)
+    assert by_size[0][1] > 10 * by_size[-1][1] > 0
+    middle = Trial(part, part.schemes[len(part.schemes) // 2])
+    assert scaled[len(part.schemes) // 2] == pytest.approx(costs_of(kl, [middle])[0])
     assert not list(tmp_path.glob("trial-*"))
