@@ -9,7 +9,6 @@ import ctypes
 import shutil
 import subprocess
 from collections.abc import Sequence
-from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -76,20 +75,25 @@ EXACT = ("-ffp-contract=off",)
 
 def kernel(folder: Path, flags: Sequence[str] = EXACT) -> Form:
     """Compile the kernel into a folder, and return it as a form; skip where there is no g++."""
+    return as_form(compile_kernel(folder, flags))
+
+
+def compile_kernel(folder: Path, flags: Sequence[str] = EXACT, before: str = "") -> ctypes.CDLL:
+    """Compile the kernel, after some C++, to a library in a folder; skip where there is no g++."""
     compiler = shutil.which("g++")
     if compiler is None:
         pytest.skip("no g++ on this machine to compile the Metal kernel as C++")
     library = folder / f"kernel{abs(hash(tuple(flags)))}.so"
     command = [compiler, "-std=c++17", "-O2", "-shared", "-fPIC", "-Wno-unknown-pragmas"]
     command += [*flags, "-x", "c++", "-", "-o", str(library)]
-    source = _SHIM + header() + _LOOP % BODY
+    source = _SHIM + before + header() + _LOOP % BODY
     subprocess.run(command, input=source, text=True, check=True)
-    return _form(library)
+    return ctypes.CDLL(str(library))
 
 
-@cache
-def _form(library: Path) -> Form:
-    run = ctypes.CDLL(str(library)).run
+def as_form(library: ctypes.CDLL) -> Form:
+    """Return a compiled kernel as a form."""
+    run = library.run
 
     def form(problem: Problem) -> Tried:
         groups, size = problem.w.shape

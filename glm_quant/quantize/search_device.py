@@ -2,7 +2,7 @@
 
 On Metal the kernel is a candidate, on another GPU the array form, without a GPU none. A candidate
 is used for a scheme only if, on this machine and in this process, it gave the loops' bytes for
-groups that are made to be hard, and is faster than the loops on all cores. So what runs decides
+groups that are made to be hard, and encodes faster when all cores encode. So what runs decides
 the time and never a byte. Why a candidate is not used is logged.
 """
 
@@ -10,6 +10,7 @@ import logging
 import os
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import mlx.core as mx
 import numpy as np
@@ -24,8 +25,8 @@ from glm_quant.quantize.search_loops import LIMIT
 
 _log = logging.getLogger(__name__)
 
-# Weights of the proof for each kind of hard group, and of the race.
-_PROOF, _RACE = 1 << 14, 1 << 20
+# Weights of the proof for each kind of hard group, and of the race for each core.
+_PROOF, _RACE = 1 << 14, 1 << 19
 
 _lock = threading.Lock()
 _chosen: dict[tuple[str, int, int], Form | None] = {}
@@ -47,7 +48,7 @@ def device_form(dtype: str, bits: int, group_size: int) -> Form | None:
     scheme = dtype, bits, group_size
     with _lock:
         if scheme not in _chosen:
-            reason = disproof(form, *scheme) or slowness(form, *scheme, cores=os.cpu_count() or 1)
+            reason = refusal(form, *scheme, cores=os.cpu_count() or 1)
             what = f"search of {dtype} in {bits} bits, groups of {group_size}"
             if reason is None:
                 _log.info("%s runs on %s", what, mx.default_device())
@@ -63,6 +64,16 @@ def _candidate() -> Form | None:
     return try_on_metal if mx.metal.is_available() else try_in_arrays
 
 
+def refusal(form: Form, dtype: str, bits: int, group_size: int, cores: int) -> str | None:
+    """Say why a form is not to be used for a scheme on this machine, or None; see below."""
+    try:
+        return disproof(form, dtype, bits, group_size) or slowness(
+            form, dtype, bits, group_size, cores
+        )
+    except Exception as error:  # whatever MLX and its compilers may raise
+        return f"it failed with {type(error).__name__}: {error}"
+
+
 def disproof(form: Form, dtype: str, bits: int, group_size: int) -> str | None:
     """Say what is wrong with a form for a scheme on this machine, or None.
 
@@ -72,10 +83,7 @@ def disproof(form: Form, dtype: str, bits: int, group_size: int) -> str | None:
         bits: of a code.
         group_size: weights of a group.
     """
-    try:
-        wrong = _count_wrong(form, dtype, bits, group_size)
-    except Exception as error:  # whatever MLX and its compilers may raise
-        return f"it failed with {type(error).__name__}: {error}"
+    wrong = _count_wrong(form, dtype, bits, group_size)
     return f"{wrong:,} hard groups differ from the compiled loops'" if wrong else None
 
 
@@ -87,14 +95,15 @@ def slowness(form: Form, dtype: str, bits: int, group_size: int, cores: int) -> 
         dtype: "BF16", "F16" or "F32".
         bits: of a code.
         group_size: weights of a group.
-        cores: how many run the loops.
+        cores: how many threads encode, each its own weights.
     """
     mine, loops = (
-        _seconds(candidate, dtype, bits, group_size) * 1e9 / _RACE for candidate in (form, None)
+        _seconds(candidate, dtype, bits, group_size, cores) * 1e9 / (_RACE * cores)
+        for candidate in (form, None)
     )
-    if mine * cores <= loops:
+    if mine <= loops:
         return None
-    return f"it takes {mine:.2f} ns a weight, the loops on {cores} cores {loops / cores:.2f}"
+    return f"on {cores} cores it takes {mine:.2f} ns a weight, the loops {loops:.2f}"
 
 
 def _count_wrong(form: Form, dtype: str, bits: int, group_size: int) -> int:
@@ -123,13 +132,20 @@ def _count_wrong(form: Form, dtype: str, bits: int, group_size: int) -> int:
     return wrong
 
 
-def _seconds(form: Form | None, dtype: str, bits: int, group_size: int) -> float:
+def _seconds(form: Form | None, dtype: str, bits: int, group_size: int, cores: int) -> float:
+    """Time some weights on each core at once: a GPU is shared, and so is what Python does."""
     rng = np.random.default_rng(1)
     values = rng.normal(0, 0.02, (_RACE // group_size, group_size)).astype(np.float32)
     weights = from_float32(values, dtype)
-    begin = time.perf_counter()
-    quantize_search(weights, dtype, bits, group_size, form=form)
-    return time.perf_counter() - begin
+
+    def encode(_: int) -> None:
+        quantize_search(weights, dtype, bits, group_size, form=form)
+
+    with ThreadPoolExecutor(cores) as pool:
+        list(pool.map(encode, range(cores)))  # streams of threads are made
+        begin = time.perf_counter()
+        list(pool.map(encode, range(cores)))
+        return time.perf_counter() - begin
 
 
 def hard_groups(dtype: str, bits: int, group_size: int) -> list[tuple[Bits, NDArray[np.float32]]]:

@@ -119,8 +119,8 @@ def search_by(form: Form, task: Task) -> None:
 
 def _prepare(task: Task, part: slice) -> tuple[Problem, NDArray[np.bool_]]:
     groups, size = part.stop - part.start, task.shape[0]
-    w = np.empty((groups, size), np.float32)
-    h = np.empty_like(w)
+    w = task.values.reshape(-1, size)[part]
+    h = np.empty((groups, size), np.float32)
     state = np.empty((groups, len(STATE)), np.float32)
     plain = np.empty(groups, np.bool_)
     search_loops.prepare(
@@ -132,7 +132,7 @@ def _prepare(task: Task, part: slice) -> tuple[Problem, NDArray[np.bool_]]:
         task.settings,
         new_lanes(),
         task.result,
-        (w, h, state, plain),
+        (h, state, plain),
     )
     return Problem(w, h, state, task.starts, *task.numbers), plain
 

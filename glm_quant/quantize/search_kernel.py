@@ -6,6 +6,7 @@ loops; on a Mac it is used only after it gave the loops' bytes there (`search_de
 """
 
 import math
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from importlib.resources import files
 from typing import Any
@@ -68,7 +69,21 @@ def try_on_metal(problem: Problem) -> Tried:
 
     Raises:
         RuntimeError: there is no Metal, or its compiler refuses the kernel.
+        ValueError: there is no GPU.
     """
+    return _callers().submit(_try, problem).result()
+
+
+@cache
+def _callers() -> ThreadPoolExecutor:
+    """Two threads that speak to the GPU, however many encode: one copies while one waits.
+
+    Each has a stream of its own, and Metal has few queues.
+    """
+    return ThreadPoolExecutor(2, "search-on-metal")
+
+
+def _try(problem: Problem) -> Tried:
     groups, size = problem.w.shape
     starts = len(problem.starts)
     with mx.stream(thread_stream(mx.Device(mx.gpu))):

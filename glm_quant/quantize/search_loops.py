@@ -295,19 +295,29 @@ def search(
 
 
 @compiled
-def _is_plain(w: Any, h: Any, lane: Any, at: Any) -> Any:  # pragma: no cover - compiled
-    """Whether a group's numbers are far enough from the subnormal ones; see `search_forms`."""
-    zero, small, tiny = np.float32(0), np.float32(SMALL), np.float32(TINY)
-    s, b, mean = abs(at.mlx_s[lane]), abs(at.mlx_b[lane]), abs(at.mean[lane])
-    plain = tiny <= at.best[lane] and tiny <= at.allowed[lane]
-    plain = plain and small <= s <= np.float32(LARGE) and b <= np.float32(LARGE)
-    plain = plain and (b == zero or b >= small)
-    plain = plain and (mean == zero or mean >= np.float32(SMALL_H))
+def _see_plain(w: Any, h: Any, ends: Any) -> None:  # pragma: no cover - compiled
+    """Find each group's smallest weight that is not 0, and its smallest and largest importance."""
+    zero, large = np.float32(0), np.float32(LARGE)
+    for lane in range(_LANES):
+        ends[0, lane] = ends[1, lane] = large
+        ends[2, lane] = zero
     for j in range(w.size // _LANES):
-        size, weight = abs(w[j * _LANES + lane]), h[j * _LANES + lane]
-        plain = plain and (size == zero or size >= small)
-        plain = plain and np.float32(SMALL_H) <= weight <= np.float32(LARGE)
-    return plain
+        for lane in range(_LANES):
+            size, weight = abs(w[j * _LANES + lane]), h[j * _LANES + lane]
+            ends[0, lane] = min(ends[0, lane], large if size == zero else size)
+            ends[1, lane] = min(ends[1, lane], weight)
+            ends[2, lane] = max(ends[2, lane], weight)
+
+
+@compiled
+def _is_plain(lane: Any, ends: Any, at: Any) -> Any:  # pragma: no cover - compiled
+    """Whether a group's numbers are far enough from the subnormal ones; see `search_forms`."""
+    zero, small, large = np.float32(0), np.float32(SMALL), np.float32(LARGE)
+    small_h, tiny = np.float32(SMALL_H), np.float32(TINY)
+    s, b, mean = abs(at.mlx_s[lane]), abs(at.mlx_b[lane]), abs(at.mean[lane])
+    plain = tiny <= at.best[lane] and tiny <= at.allowed[lane] and small <= s <= large
+    plain = plain and (b == zero or small <= b <= large) and (mean == zero or mean >= small_h)
+    return plain and ends[0, lane] >= small and small_h <= ends[1, lane] and ends[2, lane] <= large
 
 
 @compiled
@@ -324,21 +334,21 @@ def prepare(
 ) -> None:  # pragma: no cover - compiled
     """Do for groups from `first` on what `search` does before its starts, for another form.
 
-    Fills weights and importances, [groups, size] each, the state [groups, len(STATE)], and which
-    groups are plain.
+    Fills importances, [groups, size], the state [groups, len(STATE)], and which groups are plain.
     """
-    weights, importances, state, plain = problem
+    importances, state, plain = problem
     w = np.empty(shape[0] * _LANES, np.float32)
     h = np.empty_like(w)
+    ends = np.empty((3, _LANES), np.float32)
     for g in range(0, len(state), _LANES):
         _enter(source, energy, shape, first + g, w, h, form, settings, at, result)
+        _see_plain(w, h, ends)
         for lane in range(min(_LANES, len(state) - g)):
             row = state[g + lane]
             row[0], row[1], row[2] = at.low[lane], at.high[lane], at.mean[lane]
             row[3], row[4] = at.sum_h[lane], at.sum_hw[lane]
             row[5], row[6] = at.mlx_s[lane], at.mlx_b[lane]
             row[7], row[8] = at.best[lane], at.allowed[lane]
-            plain[g + lane] = _is_plain(w, h, lane, at)
+            plain[g + lane] = _is_plain(lane, ends, at)
             for j in range(shape[0]):
-                weights[g + lane, j] = w[j * _LANES + lane]
                 importances[g + lane, j] = h[j * _LANES + lane]

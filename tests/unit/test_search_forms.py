@@ -17,9 +17,16 @@ from glm_quant.quantize.encode import Rows, encode
 from glm_quant.quantize.scheme import Quantized
 from glm_quant.quantize.search import Search, quantize_search
 from glm_quant.quantize.search_arrays import try_in_arrays
-from glm_quant.quantize.search_device import device_form, disproof, hard_groups, slowness
+from glm_quant.quantize.search_device import (
+    device_form,
+    disproof,
+    hard_groups,
+    refusal,
+    slowness,
+)
 from glm_quant.quantize.search_forms import Form, Problem, Tried
 from glm_quant.quantize.search_kernel import try_on_metal
+from glm_quant.quantize.search_loops import STATE
 from tests.metal_as_cpp import EXACT, kernel
 
 # What may be a float32 product and sum in one rounding, by machine.
@@ -178,16 +185,27 @@ def test_right_and_fast_candidate_is_used(
     assert calls == [len(rows.bits)]
 
 
-def test_slow_candidate_is_not_used() -> None:
+def test_slow_candidate_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
     """On the CPU the array form loses to the loops, and both times are said."""
-    reason = slowness(lambda problem: try_in_arrays(problem, mx.Device(mx.cpu)), "BF16", 8, 64, 4)
-    assert "ns a weight, the loops on 4 cores" in str(reason)
+    monkeypatch.setattr(search_device, "_RACE", 1 << 14)
+    reason = slowness(lambda problem: try_in_arrays(problem, mx.Device(mx.cpu)), "BF16", 8, 64, 2)
+    assert "on 2 cores it takes" in str(reason)
+
+
+def test_fast_candidate() -> None:
+    """What takes less time than the loops is not called slow."""
+    assert slowness(_try_nothing, "BF16", 2, 64, 2) is None
+
+
+def _try_nothing(problem: Problem) -> Tried:
+    error, s, b = (problem.state[:, STATE.index(name), None] for name in ("best", "s", "b"))
+    return Tried(error, s, b, s, b, np.zeros(error.shape, np.bool_))
 
 
 @pytest.mark.skipif(mx.metal.is_available(), reason="there is Metal here")
 def test_without_metal() -> None:
     """A kernel that cannot be compiled is no error but a reason."""
-    assert "it failed with" in str(disproof(try_on_metal, "BF16", 2, 64))
+    assert "it failed with" in str(refusal(try_on_metal, "BF16", 2, 64, cores=2))
 
 
 @pytest.mark.skipif(not mx.metal.is_available(), reason="needs Metal")
