@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from glm_quant.calibration.own import standing_imatrix
+from glm_quant.calibration.own import converts_too, standing_imatrix
 from glm_quant.checkpoint.reader import Checkpoint
 from glm_quant.errors import RecipeError
 from glm_quant.hub import DEFAULT_WINDOW, open_source, open_target
@@ -116,6 +116,11 @@ class Build:
     def lets_go(self) -> bool:
         """Whether a finished shard leaves this disk once every target has it."""
         return bool(self.targets) and not self.recipe.publish.keep_local
+
+    @property
+    def converts_too(self) -> bool:
+        """Whether the pass that calibrates encodes the weights too."""
+        return converts_too(self.checkpoint, self.recipe, self.lets_go)
 
     def open_target(self, uri: str, build_id: str, patience: Patience | None = None) -> Target:
         """Return one of the build's targets, as the recipe wants it.

@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Iterable
-from typing import Self
+from typing import Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -83,6 +83,12 @@ class CalibrationSettings(TokenSettings):
     """
 
     tokens: int = Field(default=8192, ge=16, description="at most so many tokens of each slice")
+    # Decides no byte: what one pass makes, several make the same.
+    convert: Literal["auto"] | bool = Field(
+        default="auto",
+        description="encode each layer as soon as it is calibrated, from bytes that are here "
+        "anyway; auto: where the source is not a folder, unless finished shards leave this disk",
+    )
 
 
 class DivergenceSettings(TokenSettings):

@@ -1,13 +1,13 @@
 """`glm-quant calibrate`: one streamed pass of the source, and an imatrix folder from it.
 
 Every weight is read once, in the order of the layers, however many tokens there are; memory is that
-of the streamed comparison (`evaluation.memory_plan`). The sums of each layer are kept beside its
+of the streamed comparison (`evaluation.memory_plan`). What is made of a layer is kept beside its
 states, so an interrupted pass goes on at its layer and what stands is the same.
 """
 
 import hashlib
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from glm_quant.artifact import FileDigest, require_space
 from glm_quant.calibration.observe import WIDEST_GRAM, Observer, Sums, input_name
+from glm_quant.calibration.one_pass import OnePass
 from glm_quant.checkpoint.reader import Checkpoint
 from glm_quant.errors import OutputError
 from glm_quant.evaluation.activations import load_arrays, save_arrays
@@ -23,7 +24,8 @@ from glm_quant.evaluation.divergence import half_of_memory, reference_key
 from glm_quant.evaluation.memory_plan import disk_bytes, plan_memory
 from glm_quant.evaluation.streaming import Party, stream_together
 from glm_quant.evaluation.token_set import TokenSet
-from glm_quant.evaluation.weights import SourceWeights
+from glm_quant.evaluation.walking import Host
+from glm_quant.evaluation.weights import SourceWeights, own_runtime
 from glm_quant.fingerprint import fingerprint
 from glm_quant.model.geometry import Geometry
 from glm_quant.quantize.imatrix import (
@@ -31,6 +33,7 @@ from glm_quant.quantize.imatrix import (
     RECORD_NAME,
     TENSORS_NAME,
     CalibratedWeight,
+    Imatrix,
     ImatrixRecord,
     factor_of,
     usable,
@@ -53,6 +56,7 @@ def calibrate(
     memory_bytes: int | None = None,
     progress: Callable[[int, int], None] | None = None,
     beside: Party | None = None,
+    converting: OnePass | None = None,
 ) -> ImatrixRecord:
     """Make an imatrix folder, or return the record of the one that stands.
 
@@ -61,11 +65,12 @@ def calibrate(
         tokens: what passes through it.
         output: folder to make.
         factors: also make what `gptq` needs: for each input of at most `WIDEST_GRAM` columns a
-            square float32 matrix (GLM-5.2: about 0.35 GB a layer, and as much again meanwhile).
+            square float32 matrix (GLM-5.2: about 0.35 GB a layer).
         memory_bytes: what the pass may take; default: half of the machine's memory.
         progress: called with layers done and layers to do.
         beside: other tokens that walk along, see `reference_beside`: the source is read once for
             both. Memory for them comes on top.
+        converting: encodes each layer as soon as its part is made; brings its weights near, too.
 
     Raises:
         OutputError: the folder holds something else.
@@ -98,33 +103,46 @@ def calibrate(
     aside.create()
     with aside.locked():
         states = aside.scratch / key[:16]
+        output.mkdir(parents=True, exist_ok=True)
+        (output / RECORD_NAME).unlink(missing_ok=True)
         memory = memory_bytes or half_of_memory()
-        keeper = _pass(source, tokens, states, memory, factors, progress, beside)
-        record = _write(source, tokens, output, key, keeper)
+        near = source if converting is None else converting.near
+        layers = _plan_pass(near, tokens, states, output, key, memory, factors, converting)
+        parties = [layers.party] + ([beside] if beside else [])
+        stream_together(SourceWeights(near), parties, progress, layers)
+        record = layers.whole()
         shutil.rmtree(aside.scratch)
     return record
 
 
-def _pass(
+def _plan_pass(
     source: Checkpoint,
     tokens: TokenSet,
     folder: Path,
+    output: Path,
+    key: str,
     memory_bytes: int,
     factors: bool,
-    progress: Callable[[int, int], None] | None,
-    beside: Party | None,
-) -> "_Keeper":
-    """Stream the source with listeners in it; returns who has the sums of all layers."""
-    weights = SourceWeights(source)
+    converting: OnePass | None,
+) -> "_Layers":
+    """Return who turns the sums of a pass into an imatrix; nothing has been streamed yet."""
     geometry = Geometry.from_config(source.config)
     lengths = [len(sequence) for sequence in tokens.sequences]
-    plan = plan_memory(geometry, lengths, memory_bytes, weights.runtime.BLOCK_ELEMENTS)
+    plan = plan_memory(geometry, lengths, memory_bytes, own_runtime().BLOCK_ELEMENTS)
     folder.mkdir(parents=True, exist_ok=True)
     require_space(folder, disk_bytes(geometry, sum(lengths)), "the hidden states of a pass")
     keeper = _Keeper(folder, geometry, len(plan.waves), factors)
-    parties = [Party(tokens.sequences, plan, folder, keeper)]
-    stream_together(weights, parties + ([beside] if beside else []), progress)
-    return keeper
+    party = Party(tokens.sequences, plan, folder, keeper)
+    head = ImatrixRecord(
+        fingerprint=key,
+        source=source.source.uri,
+        tokens=sum(lengths),
+        tokens_sha256=tokens.sha256,
+        least_tokens=LEAST_TOKENS,
+        weights={},
+        coverage={},
+    )
+    return _Layers(party, keeper, head, output, geometry.num_hidden_layers, converting)
 
 
 class _Keeper(Observer):
@@ -133,7 +151,7 @@ class _Keeper(Observer):
     def __init__(self, folder: Path, geometry: Geometry, waves: int, grams: bool) -> None:
         super().__init__(geometry.n_routed_experts, grams=grams)
         self._folder = folder
-        self._layers, self._waves = geometry.num_hidden_layers, waves
+        self._waves = waves
 
     def passed(self, index: int, wave: int) -> None:
         """Keep the sums of a wave, before its states are kept, and begin the next at nothing."""
@@ -145,48 +163,110 @@ class _Keeper(Observer):
         save_arrays(self._path(index, wave), arrays)
         self.sums.clear()
 
-    def layers(self) -> Iterator[dict[str, Sums]]:
-        """Read the sums of each layer, those of its waves added up."""
-        for index in range(self._layers):
-            total: dict[str, Sums] = {}
-            for wave in range(self._waves):
-                arrays = load_arrays(self._path(index, wave))
-                for name in sorted(n for n in arrays if n.endswith(".squares")):
-                    path, squares = name.removesuffix(".squares"), arrays[name]
-                    gram = arrays.get(f"{path}.gram")
-                    sums = total.setdefault(path, Sums(*squares.shape, gram=gram is not None))
-                    sums.squares += squares
-                    sums.counts += arrays[f"{path}.counts"]
-                    if sums.gram is not None and gram is not None:
-                        sums.gram += gram
-            yield total
+    def layer(self, index: int) -> dict[str, Sums]:
+        """Read the sums of a layer, those of its waves added up."""
+        total: dict[str, Sums] = {}
+        for wave in range(self._waves):
+            arrays = load_arrays(self._path(index, wave))
+            for name in sorted(n for n in arrays if n.endswith(".squares")):
+                path, squares = name.removesuffix(".squares"), arrays[name]
+                gram = arrays.get(f"{path}.gram")
+                sums = total.setdefault(path, Sums(*squares.shape, gram=gram is not None))
+                sums.squares += squares
+                sums.counts += arrays[f"{path}.counts"]
+                if sums.gram is not None and gram is not None:
+                    sums.gram += gram
+        return total
+
+    def forget(self, index: int) -> None:
+        """Delete the sums of a layer."""
+        for wave in range(self._waves):
+            self._path(index, wave).unlink(missing_ok=True)
 
     def _path(self, index: int, wave: int) -> Path:
         return self._folder / f"sums-{index:03d}-{wave:03d}.safetensors"
 
 
-def _write(
-    source: Checkpoint, tokens: TokenSet, output: Path, key: str, keeper: _Keeper
-) -> ImatrixRecord:
-    tensors: dict[str, Any] = {}
-    weights: dict[str, CalibratedWeight] = {}
-    coverage: dict[int, list[int]] = {}
-    output.mkdir(parents=True, exist_ok=True)
-    (output / RECORD_NAME).unlink(missing_ok=True)
-    outputs: list[FileDigest] = []
-    for sums in keeper.layers():
-        made = {
-            path: _factor(output, path, of.gram, int(of.counts.sum()))
+class _Layers(Host):
+    """Makes each layer's part of an imatrix when the tokens have passed it, and all of it at last.
+
+    A layer's part is an imatrix of its own beside the states: its record says that it is whole.
+    """
+
+    def __init__(
+        self,
+        party: Party,
+        keeper: _Keeper,
+        head: ImatrixRecord,
+        output: Path,
+        count: int,
+        converting: OnePass | None,
+    ) -> None:
+        self.party = party
+        self._keeper, self._head, self._output = keeper, head, output
+        self._count, self._converting = count, converting
+
+    def enter(self, index: int) -> None:
+        """Let a layer be brought near."""
+        if self._converting:
+            self._converting.enter(index)
+
+    def leave(self, index: int) -> None:
+        """Make a layer's part, and let its weights be encoded with it."""
+        part = self._part(index)
+        if self._converting:
+            imatrix = Imatrix(self._output, part, self._energies(index))
+            self._converting.encode(index, imatrix)
+            self._converting.measure(index, imatrix, self.party, self.party.folder)
+
+    def whole(self) -> ImatrixRecord:
+        """Put the parts of all layers together; returns the record, which stands in the folder."""
+        parts = [self._part(index) for index in range(self._count)]
+        tensors: dict[str, Any] = {}
+        for index in range(self._count):
+            tensors |= load_arrays(self._energies(index))
+        save_arrays(self._output / TENSORS_NAME, tensors)
+        energies = FileDigest.of(self._output, TENSORS_NAME)
+        record = self._head.model_copy(
+            update={
+                "outputs": [energies, *(output for part in parts for output in part.outputs)],
+                "weights": {path: w for part in parts for path, w in part.weights.items()},
+                "coverage": {i: c for part in parts for i, c in part.coverage.items()},
+            }
+        )
+        record.save(self._output / RECORD_NAME)
+        return record
+
+    def _energies(self, index: int) -> Path:
+        return self.party.folder / f"energies-{index:03d}.safetensors"
+
+    def _part(self, index: int) -> ImatrixRecord:
+        """Return the record of a layer's part; makes it of the sums if need be."""
+        path = self.party.folder / f"energies-{index:03d}.json"
+        known = ImatrixRecord.load(path)
+        if known is not None and known.is_whole(self._output):
+            return known
+        made = self._make(index)
+        made.save(path)
+        self._keeper.forget(index)
+        return made
+
+    def _make(self, index: int) -> ImatrixRecord:
+        sums = self._keeper.layer(index)
+        factors = {
+            path: _factor(self._output, path, of.gram, int(of.counts.sum()))
             for path, of in sums.items()
             if of.gram is not None
         }
-        outputs += [FileDigest.of(output, name) for name, _ in made.values()]
+        tensors: dict[str, Any] = {}
+        weights: dict[str, CalibratedWeight] = {}
+        coverage: dict[int, list[int]] = {}
         for path, found in sums.items():
             energies, thin = usable(found.squares, found.counts, LEAST_TOKENS)
             # What meets the same input shares a tensor.
             name = path.replace(".up_proj", ".gate_proj")
             tensors[name] = energies
-            factor = made.get(input_name(path))
+            factor = factors.get(input_name(path))
             weights[path] = CalibratedWeight(
                 tensor=name,
                 sha256=hashlib.sha256(np.ascontiguousarray(energies).data).hexdigest(),
@@ -196,20 +276,12 @@ def _write(
                 factor_sha256=factor and factor[1],
             )
             if path.endswith(".switch_mlp.gate_proj"):
-                coverage[int(path.split(".")[2])] = found.counts.tolist()
-    save_arrays(output / TENSORS_NAME, tensors)
-    record = ImatrixRecord(
-        fingerprint=key,
-        outputs=[FileDigest.of(output, TENSORS_NAME), *outputs],
-        source=source.source.uri,
-        tokens=sum(len(sequence) for sequence in tokens.sequences),
-        tokens_sha256=tokens.sha256,
-        least_tokens=LEAST_TOKENS,
-        weights=weights,
-        coverage=coverage,
-    )
-    record.save(output / RECORD_NAME)
-    return record
+                coverage[index] = found.counts.tolist()
+        save_arrays(self._energies(index), tensors)
+        outputs = [FileDigest.of(self._output, name) for name, _ in factors.values()]
+        return self._head.model_copy(
+            update={"outputs": outputs, "weights": weights, "coverage": coverage}
+        )
 
 
 def _factor(output: Path, path: str, gram: NDArray[np.float64], count: int) -> tuple[str, str]:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from glm_quant.calibration.own import (
     calibrate_build,
+    converts_too,
     imatrix_folder,
     record_path,
     standing_imatrix,
@@ -45,12 +46,14 @@ def open_calibrated(
         workspace.create()
         with workspace.locked(), watching() as watcher:
             opened.conversion.check_space()
+            together = converts_too(opened.checkpoint, wanting)
             watcher.begin("calibrate")
             record = calibrate_build(
                 opened.checkpoint,
                 wanting,
                 workspace,
                 lambda done, total: watcher.move("calibrate", done, total),
+                converting=opened.conversion if together else None,
             )
             record.save(record_path(workspace))
     return open_conversion(source, recipe, output, workers, reuse, imatrix_folder(workspace))

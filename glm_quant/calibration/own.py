@@ -8,17 +8,21 @@ in the digests that each weight's own fingerprint has.
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
+from pydantic import Field
+
 from glm_quant.artifact import FileDigest, Record
 from glm_quant.calibration.calibrate import VERSION, calibrate
+from glm_quant.calibration.one_pass import LayerError, one_pass
 from glm_quant.calibration.texts import calibration_set, calibration_texts, require_apart
 from glm_quant.checkpoint.reader import Checkpoint
+from glm_quant.checkpoint.source import FolderSource
 from glm_quant.errors import RecipeError
 from glm_quant.evaluation.divergence import half_of_memory, reference_beside, reference_key
 from glm_quant.evaluation.perplexity import digest_text
 from glm_quant.evaluation.streaming import Party
 from glm_quant.evaluation.token_set import make_token_set
 from glm_quant.fingerprint import Canonical, fingerprint
-from glm_quant.quantize.convert import Progress
+from glm_quant.quantize.convert import Conversion, Progress
 from glm_quant.quantize.imatrix import RECORD_NAME
 from glm_quant.recipe import Recipe
 from glm_quant.settings import CalibrationSettings
@@ -40,6 +44,7 @@ class CalibrationRecord(Record):
         unseen: of them met none.
         weights: how many weights have energies.
         factors: how many files of factors there are.
+        layers: what quantizing each layer did to its output, where one pass converted too.
     """
 
     slices: dict[str, int]
@@ -49,6 +54,7 @@ class CalibrationRecord(Record):
     unseen: int
     weights: int
     factors: int
+    layers: dict[int, LayerError] = Field(default_factory=dict[int, LayerError])
 
 
 def calibration_inputs(checkpoint: Checkpoint, recipe: Recipe) -> Canonical:
@@ -59,7 +65,7 @@ def calibration_inputs(checkpoint: Checkpoint, recipe: Recipe) -> Canonical:
     }
     return {
         "version": VERSION,
-        "settings": settings.model_dump_json(exclude={"memory_gb", "texts"}),
+        "settings": settings.model_dump_json(exclude={"memory_gb", "texts", "convert"}),
         "texts": {name: digest_text(text) for name, text in calibration_texts(settings).items()},
         "factors": recipe.wants_factors,
         "source": reference_key(checkpoint, fingerprint(identities)),
@@ -74,6 +80,22 @@ def calibration_fingerprint(checkpoint: Checkpoint, recipe: Recipe) -> str:
 def imatrix_folder(workspace: Workspace) -> Path:
     """Return where a build's own calibration stands."""
     return workspace.calibration / "imatrix"
+
+
+def converts_too(checkpoint: Checkpoint, recipe: Recipe, lets_go: bool = False) -> bool:
+    """Whether the pass that calibrates encodes the weights too.
+
+    Args:
+        checkpoint: the source.
+        recipe: of the build.
+        lets_go: finished shards do not stay on this disk, which has no room for all of them.
+    """
+    settings = recipe.own_calibration
+    if settings is None:
+        return False
+    if settings.convert == "auto":
+        return not (isinstance(checkpoint.source, FolderSource) or lets_go)
+    return settings.convert
 
 
 def record_path(workspace: Workspace) -> Path:
@@ -99,6 +121,7 @@ def calibrate_build(
     progress: Progress,
     *,
     reference: bool = False,
+    converting: Conversion | None = None,
 ) -> CalibrationRecord:
     """Make what a recipe wants, or what is missing of it; the caller holds the workspace.
 
@@ -108,6 +131,7 @@ def calibrate_build(
         workspace: of the build.
         progress: called with layers done and layers to do.
         reference: make in the same pass what the divergence stage wants of the source.
+        converting: encode in the same pass what this wants to encode, see `converts_too`.
 
     Returns:
         The record, to be saved at `record_path`.
@@ -122,7 +146,10 @@ def calibrate_build(
     folder = imatrix_folder(workspace)
     # What one wave takes must not depend on who walks along: rounding does, and so do bytes.
     memory = (settings.memory_bytes or half_of_memory()) // 2
-    with _reference(checkpoint, recipe, workspace, memory) if reference else nullcontext() as party:
+    with (
+        _reference(checkpoint, recipe, workspace, memory) if reference else nullcontext() as party,
+        one_pass(checkpoint, recipe, converting) if converting else nullcontext() as encoder,
+    ):
         made = calibrate(
             checkpoint,
             tokens,
@@ -131,6 +158,7 @@ def calibrate_build(
             memory_bytes=memory,
             progress=progress,
             beside=party,
+            converting=encoder,
         )
     counts = [count for layer in made.coverage.values() for count in layer]
     inside = folder.relative_to(workspace.root)
@@ -145,6 +173,7 @@ def calibrate_build(
         unseen=sum(count == 0 for count in counts),
         weights=len(made.weights),
         factors=len({w.factor for w in made.weights.values() if w.factor}),
+        layers=encoder.errors if encoder else {},
     )
 
 

@@ -61,6 +61,10 @@ class Source(Protocol):
         """Say that the local copy of a file is needed no more."""
         ...
 
+    def allow(self, places: int) -> None:
+        """Let so many files be acquired at a time from now on, where there is a bound."""
+        ...
+
 
 class FolderSource:
     """A checkpoint in a local folder: nothing is copied and nothing is ever deleted."""
@@ -120,3 +124,6 @@ class FolderSource:
 
     def release(self, name: str) -> None:
         """Do nothing: the folder is the user's own."""
+
+    def allow(self, places: int) -> None:
+        """Do nothing: there is no bound."""

@@ -75,6 +75,10 @@ class SpooledSource:
         """Pass on."""
         self._source.release(name)
 
+    def allow(self, places: int) -> None:
+        """Pass on."""
+        self._source.allow(places)
+
 
 @contextmanager
 def spooled(

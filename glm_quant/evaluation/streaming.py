@@ -13,10 +13,10 @@ import logging
 import shutil
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -26,54 +26,11 @@ from numpy.typing import NDArray
 from glm_quant.evaluation.activations import Activations, load_arrays, save_arrays
 from glm_quant.evaluation.memory_plan import MLP_ROWS, MemoryPlan
 from glm_quant.evaluation.products import product
+from glm_quant.evaluation.walking import Host, Tokens, Variant, Watching
 from glm_quant.evaluation.weights import Floats, Weights
 from glm_quant.fingerprint import fingerprint
 
 log = logging.getLogger(__name__)
-
-
-Tokens = NDArray[np.int64]
-
-
-class Watching(Protocol):
-    """Whoever wants to see what passes through the layers; calls come in the order of compute."""
-
-    def watch(self, layer: Any, index: int) -> None:
-        """Note that a wave is about to pass a layer; may put listeners into it."""
-        ...
-
-    def leave(self) -> None:
-        """Take the listeners out again: others pass the same layer."""
-        ...
-
-    def routed(self, index: int, expert: int, x: mx.array, middle: mx.array) -> None:
-        """Note an expert's tokens [tokens, hidden_size] and what its down projection meets."""
-        ...
-
-    def passed(self, index: int, wave: int) -> None:
-        """Note that a wave has passed a layer; its states are kept after this returns."""
-        ...
-
-
-class Variant(Protocol):
-    """A model that differs here and there from the one whose weights are read for all."""
-
-    def embed(self, tokens: Tokens) -> Floats:
-        """Return embeddings of token ids, [L, hidden_size]."""
-        ...
-
-    def norm(self) -> Any:
-        """Return the norm after the last layer."""
-        ...
-
-    def own_layer(self, index: int, layer: Any) -> Any:
-        """Return its layer in place of the one that was read; the same where they do not differ."""
-        ...
-
-    def own_expert(self, layer: int, expert: int, matrices: Sequence[mx.array]) -> list[mx.array]:
-        """Return [gate, up, down] of its expert, likewise."""
-        ...
-
 
 Progress = Callable[[int, int], None]
 
@@ -124,7 +81,10 @@ def stream_states(
 
 
 def stream_together(
-    weights: Weights, parties: Sequence[Party], progress: Progress | None = None
+    weights: Weights,
+    parties: Sequence[Party],
+    progress: Progress | None = None,
+    host: Host | None = None,
 ) -> list[list[Path]]:
     """Write the final hidden states of all sequences of all parties, after the last norm.
 
@@ -134,16 +94,26 @@ def stream_together(
         weights: the model's; read once for a wave of each party.
         parties: who walks.
         progress: called with layers done and layers to do.
+        host: told of every layer.
 
     Returns:
         For each party one file a sequence, holding `hidden`, float32 [L, hidden_size].
     """
-    tick = progress or (lambda _done, _total: None)
+    tick, host = progress or (lambda _done, _total: None), host or Host()
     depth = int(weights.args.num_hidden_layers)
     passes = [_Pass(weights, party) for party in parties]
-    for index in range(min(one.begin() for one in passes), depth):
+    begin = min(one.begin() for one in passes)
+    for index in range(begin):
+        host.leave(index)
+    if begin == 0:
+        host.enter(0)  # the embeddings are near too
+    for one in passes:
+        one.embed()
+    for index in range(begin, depth):
         started = time.monotonic()
+        host.enter(index)
         _pass_layer(weights, passes, index)
+        host.leave(index)
         for one in passes:
             one.states.forget_before(index)
         tick(index + 1, depth)
@@ -229,6 +199,7 @@ class _Pass:
         division = fingerprint([list(wave) for wave in self._waves])[:8]
         self.states = Activations(party.folder / f"{_STATES}{division}", len(self._waves))
         self._next = 0
+        self._embedded = False
         # "cached" tells the runtime that it may wait for one block before it begins the next.
         self._span = weights.runtime.Span.of(None)._replace(cached=True)
 
@@ -240,13 +211,14 @@ class _Pass:
     def begin(self) -> int:
         """Return the layer to begin with: the first that not all waves have passed."""
         passed = self.states.passed()
-        if passed is None:
-            passed = -1
-            self._embed()
-        self._next = passed + 1
+        self._embedded = passed is not None
+        self._next = 0 if passed is None else passed + 1
         return self._next
 
-    def _embed(self) -> None:
+    def embed(self) -> None:
+        """Make the states before the first layer, where there are none."""
+        if self._embedded:
+            return
         for wave, members in enumerate(self._waves):
             tokens = np.concatenate([self._sequences[number] for number in members])
             hidden = (self.variant or self._weights).embed(tokens)
@@ -260,20 +232,27 @@ class _Pass:
             layer = self.variant.own_layer(index, layer)
         if self.watching:
             self.watching.watch(layer, index)
-        turn = self._attend(layer, index, load_arrays(self.states.path(index - 1, wave)), wave)
+        before = load_arrays(self.states.path(index - 1, wave))
+        turn = self._attend(layer, index, before, self.members(wave))
         if self.watching:
             self.watching.leave()
         mx.clear_cache()
         return turn
 
-    def _attend(self, layer: Any, index: int, before: dict[str, NDArray[Any]], wave: int) -> _Turn:
+    def _attend(
+        self,
+        layer: Any,
+        index: int,
+        before: dict[str, NDArray[Any]],
+        members: Sequence[tuple[int, slice]],
+    ) -> _Turn:
         """Do it, and what else of the layer needs no routed expert."""
         hidden: Floats = before["hidden"]
         normed = np.empty_like(hidden)
         schedule = self._weights.args.schedule
         needed = index + 1 < len(schedule) and schedule[index + 1] == "shared"
         after: dict[str, NDArray[Any]] = {}
-        for number, rows in self._members(wave):
+        for number, rows in members:
             name = f"topk.{number}"
             given = mx.array(before[name])[None] if name in before else None
             x = mx.array(hidden[rows])[None]
@@ -294,7 +273,7 @@ class _Pass:
         out = by_rows(mlp.shared_experts, normed) if shared else np.zeros_like(normed)
         return _Turn(self, hidden, normed, out, chosen, shares, after)
 
-    def _members(self, wave: int) -> list[tuple[int, slice]]:
+    def members(self, wave: int) -> list[tuple[int, slice]]:
         """Return each sequence of a wave and its rows in the wave's states."""
         members = self._waves[wave]
         ends = list(accumulate(len(self._sequences[number]) for number in members))
@@ -303,16 +282,74 @@ class _Pass:
             for number, begin, end in zip(members, [0, *ends], ends, strict=False)
         ]
 
+    def probe(
+        self, index: int, before: dict[str, NDArray[Any]], members: Sequence[tuple[int, slice]]
+    ) -> Floats:
+        """Return the hidden states after a layer, and keep nothing."""
+        turn = self._attend(self._weights.layer(index), index, before, members)
+        chosen = [int(expert) for expert in np.unique(turn.chosen)]
+        for expert, matrices in self._weights.experts(index, chosen):
+            turn.meet(index, expert, matrices)
+        mx.clear_cache()
+        return turn.hidden + turn.out
+
     def finish(self, last: int) -> list[Path]:
         """Write the final hidden states; returns their files."""
         norm = (self.variant or self._weights).norm()
         for wave in range(len(self._waves)):
             hidden = load_arrays(self.states.path(last, wave))["hidden"]
-            for number, rows in self._members(wave):
+            for number, rows in self.members(wave):
                 save_arrays(
                     sequence_path(self._folder, number), {"hidden": by_rows(norm, hidden[rows])}
                 )
         return [sequence_path(self._folder, number) for number in range(len(self._sequences))]
+
+
+@dataclass(frozen=True)
+class LayerGap:
+    """How far a layer with other weights is from the one that was passed, on the same inputs.
+
+    Attributes:
+        tokens: how many.
+        gap: Σ|ŷ - y|² over them, y being the hidden states after the layer.
+        output: Σ|y|².
+        added: Σ|y - x|², what the layer itself gives.
+    """
+
+    tokens: int
+    gap: float
+    output: float
+    added: float
+
+
+def layer_gap(weights: Weights, party: Party, index: int, sequences: int) -> LayerGap | None:
+    """Let some of a party's sequences pass a layer with other weights, from the states before it.
+
+    Args:
+        weights: the other ones.
+        party: has passed the layer; its states before it must still be there.
+        index: which layer.
+        sequences: at most so many of the first wave, evenly spaced.
+
+    Returns:
+        How far it is; None where the states are gone.
+    """
+    one = _Pass(weights, replace(party, watching=None))
+    if not (one.states.has(index - 1, 0) and one.states.has(index, 0)):
+        return None
+    members = one.members(0)
+    members = members[:: -(-len(members) // sequences)]
+    before, after = (load_arrays(one.states.path(at, 0)) for at in (index - 1, index))
+    x, y = (np.concatenate([a["hidden"][rows] for _, rows in members]) for a in (before, after))
+    ends = list(accumulate(rows.stop - rows.start for _, rows in members))
+    places = [slice(b, e) for b, e in zip([0, *ends], ends, strict=False)]
+    passed = one.probe(
+        index,
+        before | {"hidden": x.copy()},
+        [(number, place) for (number, _), place in zip(members, places, strict=True)],
+    )
+    energies = (np.square(d, dtype=np.float64).sum() for d in (passed - y, y, y - x))
+    return LayerGap(len(y), *map(float, energies))
 
 
 def by_rows(module: Callable[[mx.array], mx.array], x: Floats) -> Floats:

@@ -215,16 +215,23 @@ class SourceWeights(Weights):
 class BuildWeights(Weights):
     """A build's weights, under the runtime that travels in it."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, build: Path | Checkpoint) -> None:
         """Read config, index and headers; no weight yet.
+
+        Args:
+            build: its folder; or one that is being made, which has this package's own runtime.
 
         Raises:
             CheckpointError: the folder holds no build, or one without its runtime.
         """
-        checkpoint = Checkpoint.open(folder)
-        # Other people's builds of GLM come without one, since stock mlx-lm has its own.
-        travels = "model_file" in checkpoint.config
-        super().__init__(checkpoint, load_runtime(folder) if travels else own_runtime())
+        if isinstance(build, Checkpoint):
+            super().__init__(build, own_runtime())
+        else:
+            checkpoint = Checkpoint.open(build)
+            # Other people's builds of GLM come without one, since stock mlx-lm has its own.
+            travels = "model_file" in checkpoint.config
+            super().__init__(checkpoint, load_runtime(build) if travels else own_runtime())
+        checkpoint = self.checkpoint
         self._schemes: dict[str, Any] = checkpoint.config.get("quantization") or {}
 
     def scheme(self, path: str) -> dict[str, Any] | None:

@@ -134,6 +134,11 @@ class RemoteSource:
         if self._window is not None:
             self._window.release(name)
 
+    def allow(self, places: int) -> None:
+        """Let so many shards be on disk at a time from now on."""
+        if self._window is not None:
+            self._window.allow(places)
+
     def _begin_use(self) -> None:
         if self._on_use is not None:
             self._on_use()

@@ -68,6 +68,11 @@ class Window:
         """How many files may be on disk at a time."""
         return self._limit
 
+    def allow(self, limit: int) -> None:
+        """Let so many files be on disk at a time from the next `expect` on."""
+        with self._changed:
+            self._limit = limit
+
     def expect(self, names: Sequence[str]) -> None:
         """Fetch these in this order; whatever else is in the folder is deleted.
 

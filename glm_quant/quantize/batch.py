@@ -1,30 +1,21 @@
 """One pass over the outputs that are still to be made: what is left to do, and how it is done."""
 
 import hashlib
-import threading
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
-from pathlib import Path
-
-import numpy as np
-from numpy.typing import NDArray
 
 from glm_quant.artifact import FileDigest
-from glm_quant.checkpoint.header import ITEM_SIZE, TensorInfo
 from glm_quant.checkpoint.manifest import MANIFEST_NAME
 from glm_quant.errors import IntegrityError
-from glm_quant.fingerprint import fingerprint
 from glm_quant.quantize.fidelity import Fidelity
-from glm_quant.quantize.jobs import Job, encode_job, load_job
 from glm_quant.quantize.journal import Entry, Piece
 from glm_quant.quantize.ledger import Ledger
 from glm_quant.quantize.partial import PartialOutputs
 from glm_quant.quantize.pipeline import Pipeline, Progress, Step, Task
-from glm_quant.quantize.plan import PlannedTensor
 from glm_quant.quantize.records import ShardRecord
 from glm_quant.quantize.reuse import Donor, copied
-from glm_quant.quantize.sanity import Account
+from glm_quant.quantize.worker import Worker
 
 
 class Batch:
@@ -51,16 +42,21 @@ class Batch:
         self._unfinished = set(unfinished)
         self._donors = donors
         self._broken: int | None = None
-        self._thread = threading.local()
-        whole = fingerprint([ledger.fingerprint(i) for i in range(len(ledger.plan.shards))])
-        self._outputs = PartialOutputs(ledger.workspace.partial, ledger.plan.shards, whole)
+        # Of the layout: what is calibrated is in each job's own key.
+        self._outputs = PartialOutputs(
+            ledger.workspace.partial, ledger.plan.shards, ledger.whole_layout
+        )
         for shard in unfinished:
             self._outputs.take_back(shard, ledger.workspace.checkpoint)
             if not self._outputs.is_intact(shard):
                 self._forget(shard)
+        finished = (
+            record
+            for shard in range(len(ledger.plan.shards))
+            if shard not in self._unfinished and (record := ledger.finished(shard))
+        )
+        self._worker = Worker(ledger, self._outputs, finished)
         self._tasks = self._left_to_do()
-        self._account = self._take_account()
-        self._account_lock = threading.Lock()
         source = ledger.checkpoint.source
         self._pipeline = Pipeline(
             source,
@@ -96,9 +92,7 @@ class Batch:
             self._outputs.close()
 
     def _forget(self, shard: int) -> None:
-        keys = {job.key for job in self._ledger.jobs_of[shard]}
-        keys |= {_copy_key(tensor) for tensor in self._ledger.plan.shards[shard].tensors}
-        self._outputs.forget(shard, keys)
+        self._outputs.forget(shard, {job.key for job in self._ledger.jobs_of[shard]})
 
     def _left_to_do(self) -> dict[str, Task]:
         """Return what is not journaled yet, by key; what the journal says in vain is dropped."""
@@ -108,24 +102,19 @@ class Batch:
             targets = tuple(t for t in job.targets if t.weight.weight.name not in self._donors)
             shards = job.shards & self._unfinished
             if targets and shards:
-                tasks[job.key] = self._job_task(replace(job, targets=targets))
+                task = self._worker.task(replace(job, targets=targets), self._unfinished)
+                tasks[job.key] = task
         for tensors in self._donors.values():
             for donor in tensors.values():
                 if donor.target.shard in self._unfinished:
-                    tasks[_copy_key(donor.target)] = self._copy_task(donor)
+                    tasks[_copy_key(donor)] = self._copy_task(donor)
         self._outputs.keep_only(self._unfinished, tasks.keys())
         return {key: task for key, task in tasks.items() if key not in done}
-
-    def _job_task(self, job: Job) -> Task:
-        shards = frozenset(job.shards & self._unfinished)
-        source = self._ledger.checkpoint.index.weight_map[job.source]
-        size = self._job_bytes(job)
-        return Task(job.key, shards, size, source, lambda path: self._do(job, path))
 
     def _copy_task(self, donor: Donor) -> Task:
         target = donor.target
         return Task(
-            _copy_key(target),
+            _copy_key(donor),
             frozenset({target.shard}),
             target.size_bytes,
             None,
@@ -157,56 +146,6 @@ class Batch:
             taken |= needed
             yield from ((source, []) for source in sorted(needed))
 
-    def _take_account(self) -> Account:
-        """Return the account of the source tensors that were read in earlier runs."""
-        ledger = self._ledger
-        sizes = {job.key: (job.source, job.begin_row, self._job_bytes(job)) for job in ledger.jobs}
-        account = Account(ledger.checkpoint.tensors, Counter(job.source for job in ledger.jobs))
-        for shard in range(len(ledger.plan.shards)):
-            if shard not in self._unfinished and (record := ledger.finished(shard)):
-                for source, digests in record.sources.items():
-                    account.note_whole(source, digests)
-        for key, entry in self._outputs.done.items():
-            if key in sizes:
-                source, row, size = sizes[key]
-                digest = entry.source_sha256
-                account.note(source, row, digest, account.is_of_zeros(digest, size))
-        return account
-
-    def _job_bytes(self, job: Job) -> int:
-        item_size = ITEM_SIZE[self._ledger.checkpoint.tensors[job.source].dtype]
-        return (job.end_row - job.begin_row) * job.width * item_size
-
-    def _do(self, job: Job, path: Path | None) -> Entry:
-        """Read a job's rows, encode them for each target, write them. Runs in an encoder."""
-        ledger = self._ledger
-
-        def read(info: TensorInfo, begin: int, size: int) -> NDArray[np.uint8]:
-            if path is None or info.shard != ledger.checkpoint.index.weight_map[job.source]:
-                first = info.begin + begin
-                data = ledger.checkpoint.source.read(info.shard, first, first + size)
-                return np.frombuffer(data, np.uint8)
-            room = self._buffer(size) if info.name == job.source else np.empty(size, np.uint8)
-            return _read_file(path, info, begin, room)
-
-        loaded = load_job(job, ledger.checkpoint, read)
-        with self._account_lock:
-            self._account.note(job.source, job.begin_row, loaded.sha256, loaded.all_zero)
-        pieces: list[Piece] = []
-        fidelity: dict[str, Fidelity] = {}
-        for made in encode_job(job, loaded, ledger.plan.geometry, self._unfinished):
-            pieces += [self._outputs.write(*written) for written in made.written]
-            if made.fidelity:
-                fidelity[made.weight.weight.name] = made.fidelity
-        return Entry(job.key, loaded.sha256, tuple(pieces), fidelity)
-
-    def _buffer(self, size: int) -> NDArray[np.uint8]:
-        """Return this thread's buffer: new memory for each job costs more than the reading."""
-        buffer: NDArray[np.uint8] | None = getattr(self._thread, "buffer", None)
-        if buffer is None or buffer.size < size:
-            buffer = self._thread.buffer = np.empty(size, np.uint8)
-        return buffer[:size]
-
     def _copy(self, donor: Donor) -> Entry:
         """Copy a tensor that was made before. Runs in an encoder.
 
@@ -224,7 +163,7 @@ class Batch:
                 f"record says {donor.sha256}. The file changed after it was made; delete it and "
                 "run again, and the tensor is made from the source."
             )
-        return Entry(_copy_key(donor.target), digest.hexdigest(), tuple(pieces))
+        return Entry(_copy_key(donor), digest.hexdigest(), tuple(pieces))
 
     def _finish(self, shard: int, full: bool) -> ShardRecord | None:
         """Check what there is of an output; publish it if it is full. Runs in the finisher."""
@@ -289,26 +228,5 @@ class Batch:
         return found
 
 
-def _copy_key(tensor: PlannedTensor) -> str:
-    return f"copy:{tensor.name}"
-
-
-def _read_file(
-    path: Path, info: TensorInfo, begin: int, room: NDArray[np.uint8]
-) -> NDArray[np.uint8]:
-    """Fill `room` with a tensor's bytes from `begin` on.
-
-    Raises:
-        IntegrityError: the file is shorter than its header said.
-    """
-    with path.open("rb", buffering=0) as file:
-        file.seek(info.begin + begin)
-        filled = 0
-        while filled < room.size and (read := file.readinto(room[filled:].data)):
-            filled += read
-    if filled < room.size:
-        raise IntegrityError(
-            f"{info.shard}: tensor {info.name}: {room.size:,} bytes were expected, {filled:,} "
-            "could be read. The file changed while it was used; fetch it again."
-        )
-    return room
+def _copy_key(donor: Donor) -> str:
+    return f"copy:{donor.target.name}:{donor.sha256[:16]}"

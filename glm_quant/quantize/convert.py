@@ -17,6 +17,7 @@ from typing import Protocol, Self
 from glm_quant.artifact import FileDigest, full_disk_named, require_space
 from glm_quant.checkpoint.reader import Checkpoint
 from glm_quant.errors import InputError, RunError
+from glm_quant.quantize.ahead import Ahead
 from glm_quant.quantize.batch import Batch
 from glm_quant.quantize.ledger import Ledger
 from glm_quant.quantize.pipeline import Progress
@@ -176,6 +177,15 @@ class Conversion:
             finally:
                 if not self._ahead:
                     self.close()
+
+    def ahead(self, near: Checkpoint) -> Ahead:
+        """Return the partial outputs, to be filled while the calibration is made.
+
+        Args:
+            near: the checkpoint, with a source that hands out what is at hand.
+        """
+        self.close()
+        return Ahead(self._ledger, self._shelf, near, self._workers)
 
     def close(self) -> None:
         """Stop working ahead; what was encoded is kept."""

@@ -126,11 +126,11 @@ class Factor:
 class Imatrix:
     """An imatrix folder, checked."""
 
-    def __init__(self, folder: Path, record: ImatrixRecord) -> None:
-        """Remember them."""
+    def __init__(self, folder: Path, record: ImatrixRecord, tensors: Path | None = None) -> None:
+        """Remember them; `tensors` is where the energies stand, if not in the folder."""
         self.record = record
         self.folder = folder
-        self._file = folder / TENSORS_NAME
+        self._file = tensors or folder / TENSORS_NAME
 
     @classmethod
     def open(cls, folder: Path) -> "Imatrix":

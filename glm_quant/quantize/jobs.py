@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from glm_quant.checkpoint.fp8 import FP8_DTYPE, scale_name
 from glm_quant.checkpoint.header import ITEM_SIZE, TensorInfo
 from glm_quant.checkpoint.reader import Checkpoint
+from glm_quant.fingerprint import Canonical, fingerprint
 from glm_quant.model.geometry import Geometry
 from glm_quant.model.restructure import Part, transform_rows
 from glm_quant.quantize.encode import Rows, encode, load_rows
@@ -43,18 +44,27 @@ class Target:
 
 @dataclass(frozen=True)
 class Job:
-    """Rows `begin_row` to `end_row` of a source tensor, seen as a matrix with `width` columns."""
+    """Rows `begin_row` to `end_row` of a source tensor, seen as a matrix with `width` columns.
+
+    `calibrated` names what its codes are calibrated with; empty where nothing is.
+    """
 
     source: str
     begin_row: int
     end_row: int
     width: int
     targets: tuple[Target, ...]
+    calibrated: str = ""
+
+    @property
+    def block(self) -> str:
+        """What it reads."""
+        return f"{self.source}:{self.begin_row}"
 
     @property
     def key(self) -> str:
-        """What the journal calls it."""
-        return f"{self.source}:{self.begin_row}"
+        """What the journal calls it: other codes of the same rows are another job."""
+        return f"{self.block}:{self.calibrated}" if self.calibrated else self.block
 
     @property
     def shards(self) -> set[int]:
@@ -94,6 +104,11 @@ def make_jobs(plan: Plan, block_elements: int = BLOCK_ELEMENTS) -> list[Job]:
     return jobs
 
 
+def block_of(key: str) -> str:
+    """Return what the job of a key reads."""
+    return ":".join(key.split(":")[:2])
+
+
 def by_source_shard(jobs: Iterable[Job], weight_map: Mapping[str, str]) -> dict[str, list[Job]]:
     """Group jobs by the source shard they read, shards in stored order."""
     grouped: dict[str, list[Job]] = defaultdict(list)
@@ -112,6 +127,9 @@ def _split(
     )
     width = elements // (unit_rows * units)
     step = max(1, block_elements // (unit_rows * width))
+    calibrated: list[Canonical] = [
+        [p.weight.name, p.calibrated] for p, _ in destinations if p.calibrated
+    ]
     return [
         Job(
             source,
@@ -122,6 +140,7 @@ def _split(
                 Target(planned, part, part.first_row + first * part.unit[1])
                 for planned, part in destinations
             ),
+            fingerprint(calibrated)[:16] if calibrated else "",
         )
         for first in range(0, units, step)
     ]

@@ -74,6 +74,11 @@ class Ledger:
         }
         return fingerprint(layout)
 
+    @cached_property
+    def whole_layout(self) -> str:
+        """The fingerprint of all output shards without their calibration."""
+        return fingerprint([self.layout(shard) for shard in range(len(self.plan.shards))])
+
     def record_path(self, shard: int) -> Path:
         """Return where the record of an output shard stands."""
         return self.workspace.shard_records / f"{self.plan.shards[shard].name}.json"

@@ -106,6 +106,16 @@ class PartialOutputs:
             }
         )
 
+    def make_way(self, tensors: Collection[str], jobs: Collection[str]) -> None:
+        """Drop jobs that wrote to these tensors and are not among `jobs`: others will."""
+        self._drop(
+            {
+                key
+                for key, entry in self.done.items()
+                if key not in jobs and any(piece.tensor in tensors for piece in entry.pieces)
+            }
+        )
+
     def _drop(self, jobs: Collection[str]) -> None:
         with self._lock:
             self._journal.forget(jobs)
@@ -213,14 +223,20 @@ class PartialOutputs:
         os.close(file)
         publish_file(self._path(shard), folder / self._shards[shard].name)
 
-    def close(self) -> None:
-        """Make durable what was written, and close every file."""
+    def rest(self) -> None:
+        """Make durable what was written, and close the shards: `open` opens them again."""
         try:
             self.flush()
         finally:
             for file in self._files.values():
                 os.close(file)
             self._files.clear()
+
+    def close(self) -> None:
+        """Make durable what was written, and close every file."""
+        try:
+            self.rest()
+        finally:
             self._journal.close()
 
     def _path(self, shard: int) -> Path:

@@ -164,6 +164,20 @@ class Pipeline:
             if self._stopped:
                 raise RunError("The conversion was stopped; run the same command again to go on.")
 
+    def drain(self) -> None:
+        """Wait until every task is done and what it wrote is durable; then the threads have ended.
+
+        Raises:
+            GlmQuantError: whatever stopped the pipeline.
+        """
+        with self._changed:
+            while not self._stopped and not (self._read and not self._in_use):
+                self._changed.wait(timeout=1.0)  # so that a signal is heard
+            failure = self._failure
+        self.stop()
+        if failure is not None:
+            raise failure
+
     def stop(self) -> None:
         """End all threads; what was encoded is flushed."""
         with self._changed:

@@ -6,7 +6,7 @@ after the other while the source streams by once, and at most a few are open at 
 
 import json
 from collections import Counter, defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -56,9 +56,13 @@ class PlannedWeight:
 
     def describe(self) -> str:
         """Return everything but the source that decides its bytes."""
-        calibrated = f", imatrix {self.energy.sha256}" if self.energy else ""
-        factor = f", factor {self.factor.sha256}" if self.factor else ""
-        return self.scheme.describe() + calibrated + factor
+        return self.scheme.describe() + self.calibrated
+
+    @property
+    def calibrated(self) -> str:
+        """What of a calibration decides its bytes."""
+        energy = f", imatrix {self.energy.sha256}" if self.energy else ""
+        return energy + (f", factor {self.factor.sha256}" if self.factor else "")
 
     @property
     def size_bytes(self) -> int:
@@ -189,7 +193,7 @@ def make_plan(checkpoint: Checkpoint, recipe: Recipe, imatrix: Path | None = Non
     opened = Imatrix.open(imatrix) if imatrix is not None else None
     return Plan(
         geometry,
-        planned if opened is None else _calibrated(planned, recipe, opened),
+        planned if opened is None else calibrated(planned, recipe, opened),
         shards,
         tuple(sorted(dropped)),
         warnings,
@@ -259,8 +263,8 @@ def _scheme(rule: Rule, weight: OutputWeight, recipe: Recipe) -> Scheme | None:
     return Quantized(rule.mode, rule.bits, rule.group_size, quantizer)
 
 
-def _calibrated(
-    planned: tuple[PlannedWeight, ...], recipe: Recipe, imatrix: Imatrix
+def calibrated(
+    planned: Sequence[PlannedWeight], recipe: Recipe, imatrix: Imatrix
 ) -> tuple[PlannedWeight, ...]:
     """Give searched weights their energies and `gptq` its factors.
 

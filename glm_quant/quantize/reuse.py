@@ -103,6 +103,16 @@ class Shelf:
         found = {name: donors.find(p, ledger.keys[name]) for name, p in weights.items()}
         return {name: tensors for name, tensors in found.items() if tensors}
 
+    def keys(self) -> set[str]:
+        """Return the keys of all weights that finished outputs have, wherever these stand."""
+        found: set[str] = set()
+        for place in (self._workspace, *self._others):
+            for folder in (place.shard_records, place.previous):
+                for path in folder.glob("*.json"):
+                    record = ShardRecord.load(path)
+                    found |= set(record.keys.values()) if record else set()
+        return found
+
     def _anything(self) -> bool:
         """Whether there may be any donor: the keys of a whole plan take a second."""
         places = (self._workspace.shard_records, self._workspace.previous)

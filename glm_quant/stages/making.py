@@ -194,13 +194,20 @@ class CalibrateStage(Stage[CalibrationRecord]):
     def make(self, progress: Progress) -> CalibrationRecord:
         """Stream texts through the source, and those of the divergence stage with them.
 
+        Where the source is not a folder the weights are encoded on the way.
+
         Raises:
             RecipeError: a text cannot be read, or is one that is evaluated.
             EvaluationError: the memory is too small for the longest sequence.
         """
         build = self.build
         return calibrate_build(
-            build.checkpoint, build.recipe, build.workspace, progress, reference=True
+            build.checkpoint,
+            build.recipe,
+            build.workspace,
+            progress,
+            reference=True,
+            converting=build.conversion if build.converts_too else None,
         )
 
     def keep(self, record: CalibrationRecord) -> None:

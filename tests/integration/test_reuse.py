@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from glm_quant.errors import IntegrityError
-from glm_quant.quantize import batch
+from glm_quant.quantize import worker
 from glm_quant.quantize.convert import Conversion
 from glm_quant.recipe import Recipe, Rule
 from glm_quant.testbed.synthetic import small_config, write_checkpoint
@@ -40,13 +40,13 @@ def with_rule(recipe: Recipe, group: str, bits: int) -> Recipe:
 def read(first: Made, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Give the source tensors that are read from here on."""
     names: list[str] = []
-    load = batch.load_job
+    load = worker.load_job
 
-    def noted(job: batch.Job, *rest: object) -> object:
+    def noted(job: worker.Job, *rest: object) -> object:
         names.append(job.source)
         return load(job, *rest)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(batch, "load_job", noted)
+    monkeypatch.setattr(worker, "load_job", noted)
     return names
 
 
