@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from glm_quant.calibration.one_pass import source_bytes
 from glm_quant.calibration.own import converts_too, standing_imatrix
 from glm_quant.checkpoint.reader import Checkpoint
 from glm_quant.errors import RecipeError
@@ -121,6 +122,11 @@ class Build:
     def converts_too(self) -> bool:
         """Whether the pass that calibrates encodes the weights too."""
         return converts_too(self.checkpoint, self.recipe, self.lets_go)
+
+    @property
+    def pass_bytes(self) -> int:
+        """How much of the source stands on this disk while one pass calibrates and converts."""
+        return source_bytes(self.checkpoint, self.workspace) if self.converts_too else 0
 
     def open_target(self, uri: str, build_id: str, patience: Patience | None = None) -> Target:
         """Return one of the build's targets, as the recipe wants it.

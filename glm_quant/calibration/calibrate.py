@@ -6,6 +6,7 @@ states, so an interrupted pass goes on at its layer and what stands is the same.
 """
 
 import hashlib
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -43,6 +44,9 @@ from glm_quant.workspace import Workspace
 # Raise it when energies change their meaning.
 VERSION = 1
 _FACTOR = "factor-"
+_OURS = re.compile(rf"{_FACTOR}.*|{re.escape(TENSORS_NAME)}|{re.escape(RECORD_NAME)}")
+# What a killed process was writing.
+_TORN = re.compile(rf"\.(?:{_OURS.pattern})\.\d+\.part")
 # An expert that met fewer tokens says little of its own; it gets the layer's mean.
 LEAST_TOKENS = 32
 
@@ -89,11 +93,9 @@ def calibrate(
     known = ImatrixRecord.load(output / RECORD_NAME)
     if known is not None and known.fingerprint == key and known.is_whole(output):
         return known
-    strangers = sorted(
-        p.name
-        for p in output.glob("*")
-        if p.name not in (TENSORS_NAME, RECORD_NAME) and not p.name.startswith(_FACTOR)
-    )
+    names = sorted(path.name for path in output.glob("*"))
+    torn = [name for name in names if _TORN.fullmatch(name)]
+    strangers = [name for name in names if name not in torn and not _OURS.fullmatch(name)]
     if strangers:
         raise OutputError(
             f"{output}: the folder holds something else ({strangers[0]}). Choose an empty folder "
@@ -104,6 +106,8 @@ def calibrate(
     with aside.locked():
         states = aside.scratch / key[:16]
         output.mkdir(parents=True, exist_ok=True)
+        for name in torn:
+            (output / name).unlink(missing_ok=True)
         (output / RECORD_NAME).unlink(missing_ok=True)
         memory = memory_bytes or half_of_memory()
         near = source if converting is None else converting.near

@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 
+from glm_quant.calibration.one_pass import source_bytes
 from glm_quant.calibration.own import (
     calibrate_build,
     converts_too,
@@ -45,8 +46,9 @@ def open_calibrated(
     if standing_imatrix(opened.checkpoint, wanting, workspace) is None:
         workspace.create()
         with workspace.locked(), watching() as watcher:
-            opened.conversion.check_space()
             together = converts_too(opened.checkpoint, wanting)
+            beside = source_bytes(opened.checkpoint, workspace) if together else 0
+            opened.conversion.check_space(source_bytes=beside)
             watcher.begin("calibrate")
             record = calibrate_build(
                 opened.checkpoint,

@@ -28,6 +28,7 @@ from glm_quant.quantize.convert import Conversion
 from glm_quant.quantize.imatrix import Imatrix
 from glm_quant.quantize.plan import Plan, PlannedWeight, calibrated
 from glm_quant.recipe import Recipe
+from glm_quant.workspace import Workspace
 
 # Sequences on which an encoded layer is held beside the source's: expanding its experts costs more
 # than they do.
@@ -59,6 +60,16 @@ def walk_of(checkpoint: Checkpoint) -> Walk:
     """Return in which order a pass needs the shards of a checkpoint."""
     layers = Geometry.from_config(checkpoint.config).num_hidden_layers
     return Walk(checkpoint.index.weight_map, layers)
+
+
+def source_bytes(checkpoint: Checkpoint, workspace: Workspace) -> int:
+    """Return how much of the source a pass has on disk at most, less what is there already."""
+    places = checkpoint.source.places
+    if places is None:
+        return 0
+    sizes = {name: checkpoint.files[name].size_bytes for name in checkpoint.index.shards}
+    here = sum(path.stat().st_size for path in workspace.source.glob("*"))
+    return max(0, walk_of(checkpoint).cost(sizes, places).disk_bytes - here)
 
 
 class LayerError(BaseModel):

@@ -125,11 +125,12 @@ class Conversion:
         """In which order source shards are read, and what that takes."""
         return self._ledger.schedule
 
-    def check_space(self, let_go: bool = False) -> None:
+    def check_space(self, let_go: bool = False, source_bytes: int = 0) -> None:
         """Compare what is left to write with the free space, and what is open with what may be.
 
         Args:
             let_go: finished shards do not stay here.
+            source_bytes: of the source, will stand beside them.
 
         Raises:
             DiskSpaceError: it does not fit.
@@ -142,7 +143,7 @@ class Conversion:
         )
         if let_go:  # those that are open, and one that is uploaded while the next is made
             left = left[-self.schedule.open_outputs - 1 :]
-        require_space(self._workspace.root, sum(left), "the build")
+        require_space(self._workspace.root, sum(left) + source_bytes, "the build")
 
     def complete(self, shard: int, progress: Progress | None = None) -> ShardRecord:
         """Bring one output shard to completion, or return its record if it is finished.

@@ -138,8 +138,9 @@ def plan_figures(build: Build) -> PlanFigures:
         disk_bytes=disk,
         source_shards=len(schedule.source_shards),
         open_outputs=schedule.open_outputs,
-        peak_disk_bytes=schedule.peak_disk_bytes(
-            disk, build.checkpoint.files, build.checkpoint.source.places
+        peak_disk_bytes=max(
+            schedule.peak_disk_bytes(disk, build.checkpoint.files, build.checkpoint.source.places),
+            disk + build.pass_bytes,
         ),
         memory_bytes={need.context: need.total_bytes for need in needs},
         calibrates=build.recipe.own_calibration is not None,
@@ -168,7 +169,7 @@ class PlanStage(Stage[PlanRecord]):
         Raises:
             DiskSpaceError: the build does not fit on the disk.
         """
-        self.build.conversion.check_space(self.build.lets_go)
+        self.build.conversion.check_space(self.build.lets_go, self.build.pass_bytes)
         progress(1, 1)
         return PlanRecord(fingerprint=self.fingerprint(), plan=plan_figures(self.build))
 

@@ -9,9 +9,12 @@ from pathlib import Path
 
 import pytest
 
+from glm_quant.testbed import tiny_glm_path
+from glm_quant.workspace import workspace_beside
 from tests.benchmarks.crash import REPO, contents, crash, write_source
 from tests.benchmarks.forks import Forks, Run
 from tests.hub_server import HubServer
+from tests.plain import PLAIN
 
 SLOW = 6_000_000  # bytes per second and connection: a run takes seconds
 
@@ -87,6 +90,44 @@ def test_killed_at_random_moments(
     assert report.is_good, report.figures()
     assert report.kills == 10
     assert len(report.kills_by_stage) >= 2, report.figures()
+
+
+def test_killed_while_one_pass_converts(
+    forks: Forks, served: tuple[HubServer, Path], tmp_path: Path
+) -> None:
+    """kill -9 again and again while it calibrates and converts: the same bytes, on one worker too.
+
+    They are those of a conversion from a folder, which is calibrated first.
+    """
+    served[0].add_folder("org/tiny", tiny_glm_path())
+    recipe = tmp_path / "gptq.yaml"
+    rules = Path(PLAIN).read_text().replace("quantizer: search", "quantizer: gptq")
+    recipe.write_text(f"{rules}calibration: {{tokens: 64, context: 64}}\n")
+
+    def begin(output: Path, source: str, *more: str) -> Run:
+        options = ["--source", source, "--recipe", str(recipe), "--output", str(output)]
+        return forks.start(["convert", *options, *more], output)
+
+    plain = begin(tmp_path / "plain", str(tiny_glm_path()))
+    output = tmp_path / "build"
+    calibration = workspace_beside(output).calibration
+    chance = random.Random(7)
+    for layer in (0, 2, 3):
+        run = begin(output, "hf://org/tiny", "--workers", "1")
+        end = time.monotonic() + 60
+        while not list(calibration.rglob(f"sums-{layer:03d}-*")):
+            assert not run.has_ended(), run.said
+            assert time.monotonic() < end, run.said
+            time.sleep(0.002)
+        time.sleep(chance.uniform(0, 0.2))
+        run.signal(signal.SIGKILL)
+        assert run.wait() == -signal.SIGKILL
+    last = begin(output, "hf://org/tiny", "--workers", "1")
+    for run in (plain, last):
+        assert run.wait() == 0, run.said
+    made, expected = contents(output), contents(tmp_path / "plain")
+    del made["manifest.json"], expected["manifest.json"]  # says where the source is
+    assert made == expected
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
