@@ -238,7 +238,7 @@ def _warm() -> None:
     from flows.cli import app
     from glm_quant.testbed.synthetic import small_config, write_checkpoint
 
-    for module in ("flows.terminal", "glm_quant.hub.pin"):
+    for module in ("flows.terminal", "glm_quant.hub.pin", "glm_quant.model.glm_moe_dsa"):
         importlib.import_module(module)
     with tempfile.TemporaryDirectory() as folder:
         write_checkpoint(Path(folder) / "source", small_config(2, 4), shard_bytes=1 << 20)
