@@ -91,10 +91,18 @@ def fit(
     ] = None,
     imatrix: Annotated[str | None, typer.Option(help="Made by `calibrate`.")] = None,
     text: Annotated[
-        list[Path] | None, typer.Option(help="For kl: text files; default: this project's code.")
+        list[Path] | None,
+        typer.Option(help="Text files to measure on; default: this project's code."),
     ] = None,
-    tokens: Annotated[int, typer.Option(min=16, help="For kl: at most so many in all.")] = 4096,
-    context: Annotated[int, typer.Option(min=16, help="For kl: tokens of a sequence.")] = 512,
+    tokens: Annotated[int, typer.Option(min=16, help="At most so many of them in all.")] = 4096,
+    context: Annotated[int, typer.Option(min=16, help="Tokens of a sequence.")] = 512,
+    workspace: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder for what is calibrated and measured: name that of a run, or one for fits "
+            "to several targets; default: beside the recipe."
+        ),
+    ] = None,
     verbose: Verbose = False,
     as_json: Json = False,
 ) -> None:
@@ -105,7 +113,9 @@ def fit(
         from glm_quant.fit.command import fit as choose
 
         checkpoint = _open(source)
-        settings = FitSettings(recipe, parse_floors(floor), bands, parse_measure(measure), imatrix)
+        settings = FitSettings(
+            recipe, parse_floors(floor), bands, parse_measure(measure), imatrix, workspace
+        )
         with Terminal(ERRORS, 1) as terminal:
             result = choose(
                 checkpoint,

@@ -59,6 +59,8 @@ class FitSettings:
         bands: parts that the layers are cut into.
         measure: None is `kl` for sources up to 8 GiB, else `scaled`, in a folder on this machine.
         imatrix: folder for the recipe, in place of its own.
+        workspace: for what is calibrated and measured; that of a run, or of fits to other targets,
+            has some of it already. Default: `.NAME.glm-quant/` beside the recipe to write.
     """
 
     recipe: str
@@ -66,6 +68,7 @@ class FitSettings:
     bands: int = 4
     measure: Measure | None = None
     imatrix: str | None = None
+    workspace: Path | None = None
 
 
 def parse_floors(said: Sequence[str] | None) -> dict[ComponentGroup, int]:
@@ -114,7 +117,7 @@ def fit(
     Args:
         source: with its weights.
         target: see `parse_target`.
-        output: the recipe file to write; records stand beside it, in `.NAME.glm-quant/`.
+        output: the recipe file to write.
         settings: what else is asked.
         make_tokens: returns the token set for `kl`; called only if that is measured.
         watcher: sees what is calibrated, where the recipe wants that, and measured.
@@ -123,7 +126,7 @@ def fit(
         RecipeError: the target cannot be met, or recipe and floors leave nothing to fit.
         InputError: the source is large, not in a folder, and no measure is asked for.
         OutputError: the output is there already.
-        BusyError: another process is fitting into it.
+        BusyError: another process works in the workspace.
     """
     output = output.expanduser().absolute()
     if output.exists():
@@ -140,16 +143,20 @@ def fit(
     if smallest > budget.size_bytes:
         raise _too_small(budget, smallest)
     measure = _measure(source, settings.measure)
-    beside = Workspace(output.with_name(f".{output.stem}.glm-quant"))
-    beside.create()
-    with beside.locked():
+    folder = settings.workspace or output.with_name(f".{output.stem}.glm-quant")
+    workspace = Workspace(folder.expanduser().absolute())
+    workspace.create()
+    with workspace.locked():
         if plan.uncalibrated and measure != "error":
-            plan = make_plan(source, recipe, _calibrated(source, recipe, beside, watcher))
+            plan = make_plan(source, recipe, _calibrated(source, recipe, workspace, watcher))
             parts = divide(plan, recipe, settings.bands, settings.floors)
         watcher.begin("measure")
-        meter = _meter(source, measure, make_tokens, beside)
+        meter = _meter(source, measure, make_tokens, workspace)
         costs = measure_costs(
-            meter, parts, beside.records, lambda done, total: watcher.move("measure", done, total)
+            meter,
+            parts,
+            workspace.records,
+            lambda done, total: watcher.move("measure", done, total),
         )
         cost_of = meter.describe() + (", without the calibration" if plan.uncalibrated else "")
         return _Fit(source, recipe, plan, parts, costs, budget, cost_of).write(output)
@@ -163,15 +170,15 @@ def _to_fit(settings: FitSettings) -> Recipe:
     return recipe.model_copy(update={"calibration": recipe.own_calibration})
 
 
-def _calibrated(source: Checkpoint, recipe: Recipe, beside: Workspace, watcher: Watcher) -> Path:
+def _calibrated(source: Checkpoint, recipe: Recipe, workspace: Workspace, watcher: Watcher) -> Path:
     """Return the folder of the calibration that the recipe wants, made if it does not stand."""
-    if standing_imatrix(source, recipe, beside) is None:
+    if standing_imatrix(source, recipe, workspace) is None:
         watcher.begin("calibrate")
         record = calibrate_build(
-            source, recipe, beside, lambda done, total: watcher.move("calibrate", done, total)
+            source, recipe, workspace, lambda done, total: watcher.move("calibrate", done, total)
         )
-        record.save(record_path(beside))
-    return imatrix_folder(beside)
+        record.save(record_path(workspace))
+    return imatrix_folder(workspace)
 
 
 def _measure(source: Checkpoint, said: Measure | None) -> Measure:
@@ -192,11 +199,11 @@ def _measure(source: Checkpoint, said: Measure | None) -> Measure:
 
 
 def _meter(
-    source: Checkpoint, measure: Measure, make_tokens: Callable[[], TokenSet], beside: Workspace
+    source: Checkpoint, measure: Measure, make_tokens: Callable[[], TokenSet], workspace: Workspace
 ) -> Meter | ScaledMeter:
     if measure == "error":
         return ErrorMeter(source)
-    divergence = DivergenceMeter(source, make_tokens(), beside.scratch)
+    divergence = DivergenceMeter(source, make_tokens(), workspace.scratch)
     return divergence if measure == "kl" else ScaledMeter(divergence, ErrorMeter(source))
 
 

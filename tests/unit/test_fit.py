@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from glm_quant.build import Build, BuildSpec
 from glm_quant.calibration.calibrate import calibrate
 from glm_quant.calibration.command import open_calibrated
 from glm_quant.checkpoint.reader import Checkpoint
@@ -19,7 +20,7 @@ from glm_quant.checkpoint.source import FolderSource
 from glm_quant.errors import InputError, OutputError, RecipeError
 from glm_quant.evaluation.token_set import TokenSet, make_token_set
 from glm_quant.evaluation.weights import BuildWeights
-from glm_quant.fit.command import FitSettings, fit, parse_floors, parse_measure
+from glm_quant.fit.command import FitSettings, _Fit, fit, parse_floors, parse_measure
 from glm_quant.fit.parts import divide
 from glm_quant.fit.sensitivity import (
     DivergenceMeter,
@@ -208,7 +209,8 @@ def test_what_is_measured_is_what_the_recipe_makes(small: Path, tmp_path: Path) 
     base = one_part(tmp_path / "b.yaml", "dense_mlp", quantizer="gptq", calibration=calibration)
     source, output, seen = Checkpoint.open(small), tmp_path / "mine.yaml", Seen()
     tokens = make_token_set(source, DivergenceSettings(tokens=32, context=32))
-    settings = FitSettings(base, {}, bands=1, measure="scaled")
+    work = tmp_path / "work"
+    settings = FitSettings(base, {}, bands=1, measure="scaled", workspace=work)
     result = fit(source, "15.7bpw", output, settings, lambda: tokens, seen)
     assert seen.stages == ["calibrate", "measure"]
     assert "imatrix" not in output.read_text()
@@ -219,13 +221,18 @@ def test_what_is_measured_is_what_the_recipe_makes(small: Path, tmp_path: Path) 
         result.bits_per_weight,
     )
     (part,) = divide(plan, load_recipe(output), 1, {})
-    beside = tmp_path / ".mine.glm-quant" / "calibration" / "imatrix"
-    (tried,) = divide(make_plan(source, load_recipe(output), beside), load_recipe(output), 1, {})
+    imatrix = work / "calibration" / "imatrix"
+    (tried,) = divide(make_plan(source, load_recipe(output), imatrix), load_recipe(output), 1, {})
     assert all(one.factor is not None for one in part.weights)
     assert [one.describe() for one in part.weights] == [one.describe() for one in tried.weights]
-    output.unlink()
-    fit(source, "15.6bpw", output, settings, lambda: tokens, seen)
+    # A run in the workspace, and fits to other targets, have the calibration already.
+    assert not Build(
+        BuildSpec(recipe=str(output), source=str(small), workspace=str(work))
+    ).plan.uncalibrated
+    known = sorted(work.glob("records/cost-*"))
+    fit(source, "15.6bpw", tmp_path / "other.yaml", settings, lambda: tokens, seen)
     assert seen.stages == ["calibrate", "measure", "measure"]
+    assert sorted(work.glob("records/cost-*")) == known
 
 
 def test_an_imatrix_takes_the_place_of_a_calibration(small: Path, tmp_path: Path) -> None:
@@ -380,3 +387,19 @@ def test_more_bits_cost_less(small: Path, tmp_path: Path) -> None:
     middle = Trial(part, part.schemes[len(part.schemes) // 2])
     assert scaled[len(part.schemes) // 2] == pytest.approx(costs_of(kl, [middle])[0])
     assert not list(tmp_path.glob("trial-*"))
+
+
+def test_real_targets_are_kept(release: Path, tmp_path: Path) -> None:
+    """For GLM-5.2: what is written plans to nearly all of a budget, and to no byte more."""
+    source, base = Checkpoint.open(release), load_recipe("dynamic-2.56bpw")
+    plan = make_plan(source, base)
+    parts = divide(plan, base, 4, parse_floors(["attention=5"]))
+    costs = [[float(p.size_bytes(s)) * 4.0**-s.bits for s in p.schemes] for p in parts]
+    for target in ("238GB", "256GB Mac at 32K context"):
+        budget = parse_target(target, plan.geometry, plan.params)
+        output = tmp_path / f"{budget.size_bytes}.yaml"
+        result = _Fit(source, base, plan, parts, costs, budget, "supposed").write(output)
+        used = result.file_bytes if budget.headers else result.tensor_bytes
+        assert budget.size_bytes * 0.999 < used <= budget.size_bytes
+        again = make_plan(source, load_recipe(output))
+        assert sum(shard.size_bytes for shard in again.shards) == result.file_bytes
