@@ -75,6 +75,17 @@ def try_nothing(problem: Problem) -> Tried:
     return Tried(error, s, b, s, b, np.zeros(error.shape, np.bool_))
 
 
+def copying_rate(rounds: int) -> float:
+    """Return weights a second whose values and importances are copied for MLX, by one thread."""
+    values = np.ones((1 << 14, GROUP_SIZE), np.float32)
+    seconds: list[float] = []
+    for _ in range(rounds):
+        begin = time.thread_time()
+        mx.array(values)
+        seconds.append(time.thread_time() - begin)
+    return values.size / min(seconds) / 2
+
+
 def measure(bits: int, rounds: int) -> dict[str, float]:
     """Return millions of weights a second of each form on this machine.
 
@@ -90,6 +101,7 @@ def measure(bits: int, rounds: int) -> dict[str, float]:
         "all but the starts, 1 core": rate(
             weights, bits, try_nothing, rounds, clock=time.thread_time
         ),
+        "copied for MLX, 1 core": copying_rate(rounds),
         "arrays on the CPU": rate(weights[:64], bits, on_cpu, rounds),
     }
     if mx.default_device() == mx.gpu:
@@ -134,9 +146,13 @@ def main() -> None:
     result = {}
     for bits in (2, 3, 4):
         measured = measure(bits, options.rounds)
-        loops, rest = (
-            round(WEIGHTS / (measured[name] * 1e6) / M3_ULTRA_CPU_CORES)
-            for name in ("loops, 1 core", "all but the starts, 1 core")
+        loops, rest, copies = (
+            round(WEIGHTS / (measured[f"{name}, 1 core"] * 1e6) / cores)
+            for name, cores in (
+                ("loops", M3_ULTRA_CPU_CORES),
+                ("all but the starts", M3_ULTRA_CPU_CORES),
+                ("copied for MLX", 1),  # Python's lock is held
+            )
         )
         result[f"{bits} bits"] = {
             "millions of weights a second": measured,
@@ -145,6 +161,7 @@ def main() -> None:
                 "its CPU, were its cores like this one": {
                     "seconds for all": loops,
                     "seconds for all but the starts": rest,
+                    "seconds of one core to copy for the GPU": copies,
                 },
             },
         }
