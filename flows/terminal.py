@@ -95,14 +95,19 @@ class Terminal:
 
 
 def fit_table(result: FitResult) -> RenderableType:
-    """Return the front of a fit, the chosen point marked, and what each part got."""
+    """Return the front of a fit, the chosen point marked, and what each part got.
+
+    What is larger than that point is beyond the target.
+    """
     front = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
     for title in ("tensors, bytes", "bits per weight", "cost", ""):
         front.add_column(title, justify="right")
     for point in result.front:
-        style = "bold green" if point.chosen else None
+        beyond = "dim" if point.tensor_bytes > result.tensor_bytes else None
+        style = "bold green" if point.chosen else beyond
+        mark = "chosen" if point.chosen else "too large" if beyond else ""
         numbers = f"{point.tensor_bytes:,}", f"{point.bits_per_weight:.3f}", f"{point.cost:.5g}"
-        front.add_row(*numbers, "chosen" if point.chosen else "", style=style)
+        front.add_row(*numbers, mark, style=style)
     parts = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))
     for part, scheme in result.choices:
         parts.add_row(part, scheme)

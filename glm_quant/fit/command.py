@@ -141,7 +141,7 @@ def fit(
         for part in parts
     )
     if smallest > budget.size_bytes:
-        raise _too_small(budget, smallest)
+        raise _too_small(budget, smallest, plan.params)
     measure = _measure(source, settings.measure)
     folder = settings.workspace or output.with_name(f".{output.stem}.glm-quant")
     workspace = Workspace(folder.expanduser().absolute())
@@ -241,7 +241,8 @@ class _Fit:
         while True:
             point = self._front.best(limit - self._fixed)
             if point is None:
-                raise _too_small(self._budget, self._fixed + int(self._front.sizes[0]))
+                smallest = self._fixed + int(self._front.sizes[0])
+                raise _too_small(self._budget, smallest, self._params)
             recipe = self._fitted(point, output)
             plan = make_plan(self._source, recipe)
             files = sum(shard.size_bytes for shard in plan.shards)
@@ -326,8 +327,9 @@ def recipe_text(recipe: Recipe, result: FitResult) -> str:
     return text
 
 
-def _too_small(budget: Budget, smallest: int) -> RecipeError:
+def _too_small(budget: Budget, smallest: int, params: int) -> RecipeError:
     return RecipeError(
-        f"--target {budget.meaning}; the smallest build has {smallest:,} bytes of tensors. Raise "
-        "the target, or lower --floor."
+        f"--target {budget.meaning}; the smallest build has {smallest:,} bytes of tensors, "
+        f"{smallest * 8 / params:.3f}bpw. Raise the target, lower --floor, or give bits to what "
+        "the recipe keeps in a dtype."
     )
