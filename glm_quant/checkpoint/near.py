@@ -104,11 +104,10 @@ def layer_of(tensor: str) -> int | None:
 class NearSource:
     """A source of which the shards of one layer are here."""
 
-    def __init__(self, source: Source, walk: Walk) -> None:
-        """Nothing is fetched yet."""
+    def __init__(self, source: Source, walk: Walk, limit: int) -> None:
+        """Nothing is fetched yet; `limit` is how many shards may be here at a time."""
         self.walk = walk
-        self._source = source
-        self._limit = walk.most + (source.places or 0)
+        self._source, self._limit = source, limit
         self._here: dict[str, Path] = {}
 
     @property
@@ -172,11 +171,11 @@ def nearing(checkpoint: Checkpoint, walk: Walk) -> Generator[tuple[Checkpoint, N
     """
     source = checkpoint.source
     places = source.places
-    if places is not None:
-        source.allow(walk.most + places)
+    limit = walk.most + (places or 0)
+    source.allow(limit)
     try:
         near = copy(checkpoint)
-        near.source = held = NearSource(source, walk)
+        near.source = held = NearSource(source, walk, limit)
         yield near, held
         held.let_go()
     finally:

@@ -221,7 +221,17 @@ class CalibrateStage(Stage[CalibrationRecord]):
         return (
             f"{record.tokens:,} tokens, {record.weights:,} weights, {record.factors:,} factors; "
             f"{record.thin:,} of {record.experts:,} experts met too few tokens of their own"
+            f"{_worst_layer(record)}"
         )
+
+
+def _worst_layer(record: CalibrationRecord) -> str:
+    if not record.layers:
+        return ""
+    layer, error = max(record.layers.items(), key=lambda item: item[1].of_added)
+    return (
+        f"; encoded too, layer {layer} has the largest error: {error.of_added:.2%} of what it adds"
+    )
 
 
 class QuantizeStage(Stage[ShardRecord]):
