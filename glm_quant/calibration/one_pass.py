@@ -65,7 +65,7 @@ def walk_of(checkpoint: Checkpoint) -> Walk:
 def source_bytes(checkpoint: Checkpoint, workspace: Workspace) -> int:
     """Return how much of the source a pass has on disk at most, less what is there already."""
     places = checkpoint.source.places
-    if places is None:
+    if places is None or checkpoint.missing_shards:  # a plan needs none of them
         return 0
     sizes = {name: checkpoint.files[name].size_bytes for name in checkpoint.index.shards}
     here = sum(path.stat().st_size for path in workspace.source.glob("*"))

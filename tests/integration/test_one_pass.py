@@ -17,7 +17,13 @@ from glm_quant.calibration.texts import calibration_set
 from glm_quant.checkpoint.index import INDEX_NAME
 from glm_quant.errors import WeightError
 from glm_quant.evaluation.weights import BuildWeights, SourceWeights, Weights
-from glm_quant.stages.making import AssembleStage, CalibrateStage, PlanStage, QuantizeStage
+from glm_quant.stages.making import (
+    AssembleStage,
+    CalibrateStage,
+    PlanStage,
+    QuantizeStage,
+    plan_figures,
+)
 from glm_quant.testbed import tiny_glm_path
 from tests.hub_server import HubServer
 from tests.plain import PLAIN
@@ -125,6 +131,21 @@ def test_one_pass_from_a_hub(hub: HubServer, spec: BuildSpec, apart: Build) -> N
     ]
     for name in ("shards", "files", "imatrix", "fingerprint", "totals"):
         assert manifests[0][name] == manifests[1][name], name
+
+
+def test_the_plan_counts_its_disk(hub: HubServer, spec: BuildSpec) -> None:
+    """The plan has room for the shards of the pass; a repository without weights can be planned."""
+    figures = plan_figures(Build(spec))
+    sizes = [f.size for name, f in hub.head(REPO).items() if name.endswith(".safetensors")]
+    # Of seven shards the three of a layer, and three ahead.
+    beside = figures.peak_disk_bytes - figures.disk_bytes
+    assert sum(sizes) - beside in sizes
+    narrow = plan_figures(Build(spec.model_copy(update={"window": 1})))
+    assert figures.disk_bytes < narrow.peak_disk_bytes < figures.peak_disk_bytes
+    bare = {n: f for n, f in hub.head(REPO).items() if not n.endswith(".safetensors")}
+    hub.add_commit("org/bare", bare)
+    planned = plan_figures(Build(spec.model_copy(update={"source": "hf://org/bare"})))
+    assert planned.peak_disk_bytes == planned.disk_bytes
 
 
 def test_what_quantizing_does_to_a_layer(spec: BuildSpec, tmp_path: Path) -> None:
