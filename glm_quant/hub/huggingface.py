@@ -80,6 +80,8 @@ class HubSource(RemoteSource):
             SourceError: no such repository or revision, no access, or the Hub cannot be reached.
         """
         patience = patience or Patience()
+        # The library reads its environment once, when it is imported.
+        endpoint = endpoint or os.environ.get("HF_ENDPOINT", "").rstrip("/") or None
         api = HfApi(endpoint=endpoint, token=token, library_name="glm-quant")
         if xet is None:
             xet = os.environ.get("GLM_QUANT_XET") == "1"
