@@ -3,6 +3,7 @@
 Exit codes: 0 done, 1 the run failed, 2 bad input. With `--json` standard output is one JSON value.
 """
 
+import re
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -28,6 +29,7 @@ from flows.units import service_app
 from glm_quant.build import Build, BuildSpec, open_build, require_free
 from glm_quant.evaluation.baselines import parse_baselines
 from glm_quant.hub import DEFAULT_WINDOW
+from glm_quant.recipe import S3_PLACE
 from glm_quant.status import read_status
 from glm_quant.workspace import Workspace
 
@@ -69,7 +71,7 @@ def demo(
 
 
 def _s3_place(value: str | None) -> str | None:
-    if value is not None and not value.startswith("s3://"):
+    if value is not None and not re.match(S3_PLACE, value):
         raise typer.BadParameter(f"{value}: give a place in S3, s3://bucket/prefix.")
     return value
 

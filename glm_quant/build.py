@@ -21,7 +21,7 @@ from glm_quant.hub.retry import Patience
 from glm_quant.hub.target import Target
 from glm_quant.quantize.convert import Conversion
 from glm_quant.quantize.plan import make_plan
-from glm_quant.recipe import RecordsSettings, load_recipe
+from glm_quant.recipe import S3_PLACE, RecordsSettings, load_recipe
 from glm_quant.workspace import Workspace, existing_workspace
 
 if TYPE_CHECKING:
@@ -61,7 +61,7 @@ class BuildSpec(BaseModel):
     )
     records: str | None = Field(
         default=None,
-        pattern="^s3://.",
+        pattern=S3_PLACE,
         description="s3://bucket/prefix, one for each build: its records are copied there, so that "
         "another machine can take it over; default: the recipe's",
     )
@@ -212,8 +212,8 @@ def _sharing(spec: BuildSpec) -> Generator[None]:
     global _shared
     settings = load_recipe(spec.recipe).records
     if spec.records is not None:
-        lease = {} if settings is None else {"lease_seconds": settings.lease_seconds}
-        settings = RecordsSettings(uri=spec.records, **lease)
+        said = settings or RecordsSettings(uri=spec.records)
+        settings = said.model_copy(update={"uri": spec.records})
     if settings is None:
         yield
         return

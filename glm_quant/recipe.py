@@ -165,10 +165,14 @@ class PublishSettings(Section):
     )
 
 
+# What `records` may be.
+S3_PLACE = "^s3://."
+
+
 class RecordsSettings(Section):
     """Where a build's records are copied to, so that another machine can take it over."""
 
-    uri: str = Field(pattern="^s3://.", description="s3://bucket/prefix, one for each build")
+    uri: str = Field(pattern=S3_PLACE, description="s3://bucket/prefix, one for each build")
     lease_seconds: float = Field(
         default=600, ge=1, description="silence after which another machine may take over"
     )

@@ -276,11 +276,8 @@ class _Pass:
     def members(self, wave: int) -> list[tuple[int, slice]]:
         """Return each sequence of a wave and its rows in the wave's states."""
         members = self._waves[wave]
-        ends = list(accumulate(len(self._sequences[number]) for number in members))
-        return [
-            (number, slice(begin, end))
-            for number, begin, end in zip(members, [0, *ends], ends, strict=False)
-        ]
+        rows = _one_after_another([len(self._sequences[number]) for number in members])
+        return list(zip(members, rows, strict=True))
 
     def probe(
         self, index: int, before: dict[str, NDArray[Any]], members: Sequence[tuple[int, slice]]
@@ -341,8 +338,7 @@ def layer_gap(weights: Weights, party: Party, index: int, sequences: int) -> Lay
     members = members[:: -(-len(members) // sequences)]
     before, after = (load_arrays(one.states.path(at, 0)) for at in (index - 1, index))
     x, y = (np.concatenate([a["hidden"][rows] for _, rows in members]) for a in (before, after))
-    ends = list(accumulate(rows.stop - rows.start for _, rows in members))
-    places = [slice(b, e) for b, e in zip([0, *ends], ends, strict=False)]
+    places = _one_after_another([rows.stop - rows.start for _, rows in members])
     passed = one.probe(
         index,
         before | {"hidden": x.copy()},
@@ -350,6 +346,12 @@ def layer_gap(weights: Weights, party: Party, index: int, sequences: int) -> Lay
     )
     energies = (np.square(d, dtype=np.float64).sum() for d in (passed - y, y, y - x))
     return LayerGap(len(y), *map(float, energies))
+
+
+def _one_after_another(lengths: Sequence[int]) -> list[slice]:
+    """Return where parts of some lengths lie in what they make together."""
+    ends = list(accumulate(lengths))
+    return [slice(begin, end) for begin, end in zip([0, *ends], ends, strict=False)]
 
 
 def by_rows(module: Callable[[mx.array], mx.array], x: Floats) -> Floats:

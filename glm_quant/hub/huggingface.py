@@ -80,13 +80,23 @@ class HubSource(RemoteSource):
             SourceError: no such repository or revision, no access, or the Hub cannot be reached.
         """
         patience = patience or Patience()
-        # The library reads its environment once, when it is imported.
-        endpoint = endpoint or os.environ.get("HF_ENDPOINT", "").rstrip("/") or None
-        api = HfApi(endpoint=endpoint, token=token, library_name="glm-quant")
+        api = hub_client(endpoint, token)
         if xet is None:
             xet = os.environ.get("GLM_QUANT_XET") == "1"
         place = HubPlace(api, repo, revision, patience, timeout, xet=xet)
         super().__init__(place, cache, window, patience, on_pin and partial(on_pin, place.commit))
+
+
+def hub_client(endpoint: str | None = None, token: str | None = None) -> HfApi:
+    """Return the library's client of a Hub.
+
+    Args:
+        endpoint: default: HF_ENDPOINT as it is now (the library takes what it was when it was
+            imported), else huggingface.co.
+        token: default: HF_TOKEN, else what `hf auth login` stored.
+    """
+    endpoint = endpoint or os.environ.get("HF_ENDPOINT", "").rstrip("/") or None
+    return HfApi(endpoint=endpoint, token=token, library_name="glm-quant")
 
 
 class HubPlace:

@@ -25,7 +25,6 @@ from huggingface_hub import (
     CommitOperationAdd,
     CommitOperationCopy,
     CommitOperationDelete,
-    HfApi,
 )
 from huggingface_hub.errors import (
     HfHubHTTPError,
@@ -39,7 +38,7 @@ from huggingface_hub.utils import get_token
 from glm_quant.artifact import FileDigest
 from glm_quant.checkpoint.source import Source, SourceFile
 from glm_quant.errors import IntegrityError, PublishError, SourceError
-from glm_quant.hub.huggingface import HubSource, limit_time
+from glm_quant.hub.huggingface import HubSource, hub_client, limit_time
 from glm_quant.hub.retry import Patience, TransientError, asked_wait, retry
 from glm_quant.hub.target import (
     SHARD_ENDING,
@@ -90,7 +89,7 @@ class HubTarget:
             patience: how often to try.
         """
         limit_time()
-        self._api = HfApi(endpoint=endpoint, token=token, library_name="glm-quant")
+        self._api = hub_client(endpoint, token)
         self._repo, self._branch, self._private = repo, branch, private
         self._work = f"glm-quant-{build_id}"
         self._patience = patience or Patience()

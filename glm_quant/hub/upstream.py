@@ -3,11 +3,10 @@
 import re
 
 import httpx2
-from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 
 from glm_quant.errors import SourceError
-from glm_quant.hub.huggingface import HubSource, limit_time
+from glm_quant.hub.huggingface import HubSource, hub_client, limit_time
 from glm_quant.hub.retry import Patience
 
 # Whoever looks every hour need not insist.
@@ -36,9 +35,7 @@ def family(author: str, pattern: str) -> list[str]:
         raise SourceError(f"{pattern}: this is no regular expression ({error}).") from None
     limit_time()
     try:
-        found = HfApi(library_name="glm-quant").list_models(
-            author=author, sort="created_at", limit=_MOST_MODELS
-        )
+        found = hub_client().list_models(author=author, sort="created_at", limit=_MOST_MODELS)
         names = [str(model.id) for model in found]
     except (HfHubHTTPError, httpx2.TransportError, OfflineModeIsEnabled) as error:
         raise SourceError(
