@@ -14,8 +14,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from glm_quant.quantize.search_forms import Form, Problem, Tried
-from glm_quant.quantize.search_kernel import BODY, header
+from glm_quant.codes.search_forms import Form, Problem, Tried
+from glm_quant.codes.search_kernel import BODY, header
 
 _SHIM = """
 #include <algorithm>

@@ -19,17 +19,7 @@ from glm_quant.artifact import FileDigest, require_space
 from glm_quant.calibration.observe import WIDEST_GRAM, Observer, Sums, input_name
 from glm_quant.calibration.one_pass import OnePass
 from glm_quant.checkpoint.reader import Checkpoint
-from glm_quant.errors import OutputError
-from glm_quant.evaluation.activations import load_arrays, save_arrays
-from glm_quant.evaluation.divergence import half_of_memory, reference_key
-from glm_quant.evaluation.memory_plan import disk_bytes, plan_memory
-from glm_quant.evaluation.streaming import Party, stream_together
-from glm_quant.evaluation.token_set import TokenSet
-from glm_quant.evaluation.walking import Host
-from glm_quant.evaluation.weights import SourceWeights, own_runtime
-from glm_quant.fingerprint import fingerprint
-from glm_quant.model.geometry import Geometry
-from glm_quant.quantize.imatrix import (
+from glm_quant.codes.imatrix import (
     DAMPING,
     RECORD_NAME,
     TENSORS_NAME,
@@ -39,6 +29,16 @@ from glm_quant.quantize.imatrix import (
     factor_of,
     usable,
 )
+from glm_quant.errors import OutputError
+from glm_quant.evaluation.divergence import half_of_memory, reference_key
+from glm_quant.evaluation.token_set import TokenSet
+from glm_quant.fingerprint import fingerprint
+from glm_quant.model.geometry import Geometry
+from glm_quant.streaming.activations import load_arrays, save_arrays
+from glm_quant.streaming.forward import Party, stream_together
+from glm_quant.streaming.memory_plan import disk_bytes, plan_memory
+from glm_quant.streaming.walking import Host
+from glm_quant.streaming.weights import SourceWeights, own_runtime
 from glm_quant.workspace import Workspace
 
 # Raise it when energies change their meaning.

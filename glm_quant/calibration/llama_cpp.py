@@ -20,10 +20,7 @@ from numpy.typing import NDArray
 from glm_quant.artifact import FileDigest, publish_file, sha256_file, sync_file
 from glm_quant.calibration.calibrate import LEAST_TOKENS
 from glm_quant.calibration.observe import input_name
-from glm_quant.errors import IntegrityError, OutputError, RecipeError
-from glm_quant.evaluation.activations import save_arrays
-from glm_quant.fingerprint import fingerprint
-from glm_quant.quantize.imatrix import (
+from glm_quant.codes.imatrix import (
     RECORD_NAME,
     TENSORS_NAME,
     CalibratedWeight,
@@ -31,6 +28,9 @@ from glm_quant.quantize.imatrix import (
     ImatrixRecord,
     usable,
 )
+from glm_quant.errors import IntegrityError, OutputError, RecipeError
+from glm_quant.fingerprint import fingerprint
+from glm_quant.streaming.activations import save_arrays
 
 # Raise it when what is read from a file changes.
 VERSION = 1

@@ -19,15 +19,15 @@ from pydantic import BaseModel, ConfigDict
 from glm_quant.artifact import Record
 from glm_quant.checkpoint.near import NearSource, Walk, nearing
 from glm_quant.checkpoint.reader import Checkpoint
-from glm_quant.evaluation.streaming import Party, layer_gap
-from glm_quant.evaluation.weights import BuildWeights
+from glm_quant.codes.imatrix import Imatrix
 from glm_quant.model.geometry import Geometry
 from glm_quant.quantize.ahead import Ahead
 from glm_quant.quantize.assemble import output_config
 from glm_quant.quantize.convert import Conversion
-from glm_quant.quantize.imatrix import Imatrix
 from glm_quant.quantize.plan import Plan, PlannedWeight, calibrated
 from glm_quant.recipe import Recipe
+from glm_quant.streaming.forward import Party, layer_gap
+from glm_quant.streaming.weights import BuildWeights
 from glm_quant.workspace import Workspace
 
 # Sequences on which an encoded layer is held beside the source's: expanding its experts costs more

@@ -16,16 +16,16 @@ from glm_quant.calibration.one_pass import LayerError, one_pass
 from glm_quant.calibration.texts import calibration_set, calibration_texts, require_apart
 from glm_quant.checkpoint.reader import Checkpoint
 from glm_quant.checkpoint.source import FolderSource
+from glm_quant.codes.imatrix import RECORD_NAME
 from glm_quant.errors import RecipeError
 from glm_quant.evaluation.divergence import half_of_memory, reference_beside, reference_key
 from glm_quant.evaluation.perplexity import digest_text
-from glm_quant.evaluation.streaming import Party
 from glm_quant.evaluation.token_set import make_token_set
 from glm_quant.fingerprint import Canonical, fingerprint
 from glm_quant.quantize.convert import Conversion, Progress
-from glm_quant.quantize.imatrix import RECORD_NAME
 from glm_quant.recipe import Recipe
 from glm_quant.settings import CalibrationSettings
+from glm_quant.streaming.forward import Party
 from glm_quant.workspace import Workspace
 
 STAGE = "calibrate"

@@ -14,10 +14,10 @@ import mlx.core as mx
 import numpy as np
 from numpy.typing import NDArray
 
-from glm_quant.evaluation.memory_plan import LOGIT_COLUMNS, LOGIT_ROWS
-from glm_quant.evaluation.products import product
-from glm_quant.evaluation.weights import Floats, Weights
 from glm_quant.model.precision import require_float32
+from glm_quant.streaming.memory_plan import LOGIT_COLUMNS, LOGIT_ROWS
+from glm_quant.streaming.products import product
+from glm_quant.streaming.weights import Floats, Weights
 
 Doubles = NDArray[np.float64]
 

@@ -21,7 +21,6 @@ from glm_quant import __version__
 from glm_quant.artifact import FileDigest, require_space, sha256_file
 from glm_quant.checkpoint.reader import Checkpoint
 from glm_quant.errors import EvaluationError
-from glm_quant.evaluation.activations import load_arrays, save_arrays
 from glm_quant.evaluation.baselines import build_identity
 from glm_quant.evaluation.compare import Positions, compare_states, targets_of
 from glm_quant.evaluation.divergence_beside import divergence_figures
@@ -32,13 +31,14 @@ from glm_quant.evaluation.divergence_record import (
     make_rows,
 )
 from glm_quant.evaluation.figures import hold
-from glm_quant.evaluation.memory_plan import disk_bytes, plan_memory
-from glm_quant.evaluation.streaming import Party, forget_states, sequence_path, stream_states
 from glm_quant.evaluation.token_set import TokenSet
-from glm_quant.evaluation.weights import BuildWeights, SourceWeights, Weights
 from glm_quant.fingerprint import Canonical, fingerprint
 from glm_quant.model.geometry import Geometry
 from glm_quant.recipe import DivergenceSettings
+from glm_quant.streaming.activations import load_arrays, save_arrays
+from glm_quant.streaming.forward import Party, forget_states, sequence_path, stream_states
+from glm_quant.streaming.memory_plan import disk_bytes, plan_memory
+from glm_quant.streaming.weights import BuildWeights, SourceWeights, Weights
 from glm_quant.workspace import Workspace
 
 Progress = Callable[[int, int], None]

@@ -11,9 +11,9 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from glm_quant.evaluation.activations import load_arrays
 from glm_quant.evaluation.divergence_record import DivergenceRecord, clustered_mean
 from glm_quant.evaluation.records import Comparison
+from glm_quant.streaming.activations import load_arrays
 
 # What each paired figure is the mean of, in the file of every position's numbers.
 _PAIRED = {"mean_kl": "kl", "top1_agreement": "agrees", "nll_difference": "build_nll"}

@@ -22,6 +22,7 @@ from glm_quant.calibration.own import (
     standing_imatrix,
 )
 from glm_quant.checkpoint.reader import Checkpoint
+from glm_quant.codes.scheme import Quantized
 from glm_quant.errors import InputError, OutputError, RecipeError
 from glm_quant.evaluation.token_set import TokenSet
 from glm_quant.fit.parts import Part, divide, fitted_rules
@@ -40,7 +41,6 @@ from glm_quant.fit.target import Budget, parse_target
 from glm_quant.model.groups import GROUPS
 from glm_quant.quantize.convert import Watcher
 from glm_quant.quantize.plan import Plan, make_plan
-from glm_quant.quantize.scheme import Quantized
 from glm_quant.recipe import ComponentGroup, Recipe, load_recipe, parse_recipe
 from glm_quant.workspace import Workspace
 

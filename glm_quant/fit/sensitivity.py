@@ -27,22 +27,22 @@ from numpy.typing import NDArray
 
 from glm_quant.artifact import Record, require_space
 from glm_quant.checkpoint.reader import Checkpoint
+from glm_quant.codes import encode
+from glm_quant.codes.scheme import Quantized
 from glm_quant.errors import WeightError
-from glm_quant.evaluation.activations import load_arrays
 from glm_quant.evaluation.compare import compare_states, targets_of
 from glm_quant.evaluation.divergence import half_of_memory, reference_key
-from glm_quant.evaluation.memory_plan import disk_bytes, plan_memory
-from glm_quant.evaluation.streaming import Party, forget_states, sequence_path, stream_together
 from glm_quant.evaluation.token_set import TokenSet
-from glm_quant.evaluation.weights import Floats, SourceWeights
 from glm_quant.fingerprint import Canonical, fingerprint
 from glm_quant.fit.parts import Part
 from glm_quant.fit.trial import TrialWeights, expanded
 from glm_quant.model.geometry import Geometry
 from glm_quant.model.restructure import transform_rows
-from glm_quant.quantize import encode
 from glm_quant.quantize.plan import PlannedWeight
-from glm_quant.quantize.scheme import Quantized
+from glm_quant.streaming.activations import load_arrays
+from glm_quant.streaming.forward import Party, forget_states, sequence_path, stream_together
+from glm_quant.streaming.memory_plan import disk_bytes, plan_memory
+from glm_quant.streaming.weights import Floats, SourceWeights
 
 Measure = Literal["kl", "scaled", "error"]
 MEASURES: tuple[Measure, ...] = get_args(Measure)

@@ -15,11 +15,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from glm_quant.checkpoint.reader import Checkpoint, as_array
-from glm_quant.evaluation.weights import PROJECTIONS, SourceWeights
-from glm_quant.quantize.affine import from_float32
-from glm_quant.quantize.encode import Rows, encode
+from glm_quant.codes.affine import from_float32
+from glm_quant.codes.encode import Rows, encode
+from glm_quant.codes.scheme import Quantized
 from glm_quant.quantize.plan import PlannedWeight
-from glm_quant.quantize.scheme import Quantized
+from glm_quant.streaming.weights import PROJECTIONS, SourceWeights
 
 
 class TrialWeights(SourceWeights):

@@ -17,13 +17,13 @@ from glm_quant.artifact import FileDigest, full_disk_named, write_atomic
 from glm_quant.checkpoint.index import INDEX_NAME
 from glm_quant.checkpoint.manifest import Manifest, ManifestShard
 from glm_quant.checkpoint.reader import Checkpoint
+from glm_quant.codes.scheme import Quantized, Scheme
 from glm_quant.errors import RunError
 from glm_quant.fingerprint import fingerprint
 from glm_quant.model.restructure import OutputWeight
 from glm_quant.quantize.convert import Conversion, ShardRecord
 from glm_quant.quantize.jobs import BLOCK_ELEMENTS
 from glm_quant.quantize.plan import Plan
-from glm_quant.quantize.scheme import Quantized, Scheme
 from glm_quant.recipe import Recipe
 
 RUNTIME_NAME = "glm_moe_dsa.py"

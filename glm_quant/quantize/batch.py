@@ -7,8 +7,8 @@ from dataclasses import replace
 
 from glm_quant.artifact import FileDigest
 from glm_quant.checkpoint.manifest import MANIFEST_NAME
+from glm_quant.codes.fidelity import Fidelity
 from glm_quant.errors import IntegrityError
-from glm_quant.quantize.fidelity import Fidelity
 from glm_quant.quantize.journal import Entry, Piece
 from glm_quant.quantize.ledger import Ledger
 from glm_quant.quantize.partial import PartialOutputs

@@ -17,13 +17,13 @@ from numpy.typing import NDArray
 from glm_quant.checkpoint.fp8 import FP8_DTYPE, scale_name
 from glm_quant.checkpoint.header import ITEM_SIZE, TensorInfo
 from glm_quant.checkpoint.reader import Checkpoint
+from glm_quant.codes.encode import Rows, encode, load_rows
+from glm_quant.codes.fidelity import Fidelity, measure
+from glm_quant.codes.scheme import Quantized
 from glm_quant.fingerprint import Canonical, fingerprint
 from glm_quant.model.geometry import Geometry
 from glm_quant.model.restructure import Part, transform_rows
-from glm_quant.quantize.encode import Rows, encode, load_rows
-from glm_quant.quantize.fidelity import Fidelity, measure
 from glm_quant.quantize.plan import Plan, PlannedTensor, PlannedWeight
-from glm_quant.quantize.scheme import Quantized
 
 # 16 M elements: 32 MB of bf16. Several workers stay far below 1 GB.
 BLOCK_ELEMENTS = 1 << 24

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from glm_quant.artifact import sync_file, write_atomic
-from glm_quant.quantize.fidelity import Fidelity
+from glm_quant.codes.fidelity import Fidelity
 
 
 @dataclass(frozen=True, slots=True)

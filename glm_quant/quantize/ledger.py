@@ -8,9 +8,9 @@ from pathlib import Path
 from glm_quant.artifact import FileDigest
 from glm_quant.checkpoint.fp8 import FP8_DTYPE, scale_name
 from glm_quant.checkpoint.reader import Checkpoint
+from glm_quant.codes.encode import VERSION
 from glm_quant.fingerprint import Canonical, fingerprint
 from glm_quant.model.restructure import Part
-from glm_quant.quantize.encode import VERSION
 from glm_quant.quantize.jobs import Job, make_jobs
 from glm_quant.quantize.plan import Plan, PlannedWeight
 from glm_quant.quantize.records import KeptElsewhere, ShardInputs, ShardRecord

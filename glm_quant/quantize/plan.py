@@ -15,6 +15,8 @@ from pydantic import BaseModel, ConfigDict
 from glm_quant.checkpoint import fp8
 from glm_quant.checkpoint.header import ITEM_SIZE
 from glm_quant.checkpoint.reader import Checkpoint
+from glm_quant.codes.imatrix import Energy, Factor, Imatrix, ImatrixRecord
+from glm_quant.codes.scheme import Quantized, Scheme, Stored, TensorLayout, layouts
 from glm_quant.errors import RecipeError
 from glm_quant.model.geometry import Geometry
 from glm_quant.model.groups import component_group
@@ -24,8 +26,6 @@ from glm_quant.model.restructure import (
     check_shapes,
     output_weights,
 )
-from glm_quant.quantize.imatrix import Energy, Factor, Imatrix, ImatrixRecord
-from glm_quant.quantize.scheme import Quantized, Scheme, Stored, TensorLayout, layouts
 from glm_quant.recipe import ComponentGroup, Recipe, Rule
 
 _STORED_DTYPE = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}

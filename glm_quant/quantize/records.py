@@ -3,7 +3,7 @@
 from pydantic import BaseModel, ConfigDict, Field
 
 from glm_quant.artifact import Record
-from glm_quant.quantize.fidelity import Fidelity
+from glm_quant.codes.fidelity import Fidelity
 
 
 class ShardInputs(BaseModel):

@@ -21,13 +21,13 @@ from glm_quant.checkpoint.index import INDEX_NAME, parse_index
 from glm_quant.checkpoint.manifest import MANIFEST_NAME, Manifest, load_manifest
 from glm_quant.checkpoint.reader import Checkpoint
 from glm_quant.checkpoint.source import Source
+from glm_quant.codes.scheme import Quantized, Scheme, Stored, layouts
 from glm_quant.errors import CheckpointError, IntegrityError
 from glm_quant.model.geometry import Geometry, Shape
 from glm_quant.model.restructure import OutputWeight, output_weights
 from glm_quant.quantize.assemble import output_config, take_census
 from glm_quant.quantize.jobs import Job, encode_job, load_job, make_jobs
 from glm_quant.quantize.plan import Plan, make_plan, tensor_name
-from glm_quant.quantize.scheme import Quantized, Scheme, Stored, layouts
 from glm_quant.recipe import Recipe, Rule
 
 

@@ -14,8 +14,8 @@ from numpy.typing import NDArray
 
 from glm_quant.checkpoint.header import ITEM_SIZE, TensorInfo
 from glm_quant.checkpoint.reader import Checkpoint
+from glm_quant.codes.fidelity import Fidelity
 from glm_quant.errors import IntegrityError
-from glm_quant.quantize.fidelity import Fidelity
 from glm_quant.quantize.jobs import Job, block_of, encode_job, load_job
 from glm_quant.quantize.journal import Entry, Piece
 from glm_quant.quantize.ledger import Ledger

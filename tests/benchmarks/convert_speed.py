@@ -22,12 +22,12 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 
-from glm_quant.quantize.affine import quantize_affine
+from glm_quant.codes.affine import quantize_affine
 from glm_quant.testbed import tiny_glm_path
 from glm_quant.testbed.synthetic import real_config, write_checkpoint
 from tests.benchmarks.measuring import measure
 
-OURS = "from flows.cli import main; main()"
+OURS = "from flows.cli.main import main; main()"
 THEIRS = (
     "import mlx.core as mx; mx.set_default_device(mx.cpu); "
     "from mlx_lm.convert import convert; import sys; "

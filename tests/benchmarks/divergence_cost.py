@@ -21,10 +21,10 @@ import numpy as np
 
 from glm_quant.checkpoint.reader import Checkpoint
 from glm_quant.evaluation.compare import compare_states, targets_of
-from glm_quant.evaluation.memory_plan import disk_bytes, plan_memory
-from glm_quant.evaluation.streaming import stream_states
-from glm_quant.evaluation.weights import SourceWeights
 from glm_quant.model.geometry import Geometry
+from glm_quant.streaming.forward import stream_states
+from glm_quant.streaming.memory_plan import disk_bytes, plan_memory
+from glm_quant.streaming.weights import SourceWeights
 from glm_quant.testbed.synthetic import real_config, write_checkpoint
 
 LAYERS = 3

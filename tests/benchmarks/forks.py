@@ -217,7 +217,7 @@ def _child(request: dict[str, Any]) -> NoReturn:
     code = 1
     try:
         _Watch(Path(request["output"]), folder / "steps", kill_at and tuple(kill_at)).begin()
-        from flows.cli import main
+        from flows.cli.main import main
 
         main()
         code = 0
@@ -235,10 +235,10 @@ def _warm() -> None:
     """Import and compile what a conversion needs, by making one; leaves no thread."""
     from typer.testing import CliRunner
 
-    from flows.cli import app
+    from flows.cli.main import app
     from glm_quant.testbed.synthetic import small_config, write_checkpoint
 
-    for module in ("flows.terminal", "glm_quant.hub.pin", "glm_quant.model.glm_moe_dsa"):
+    for module in ("flows.cli.terminal", "glm_quant.hub.pin", "glm_quant.model.glm_moe_dsa"):
         importlib.import_module(module)
     with tempfile.TemporaryDirectory() as folder:
         write_checkpoint(Path(folder) / "source", small_config(2, 4), shard_bytes=1 << 20)

@@ -4,7 +4,7 @@ import ctypes
 from pathlib import Path
 from typing import NamedTuple
 
-from glm_quant.quantize.search_forms import Form
+from glm_quant.codes.search_forms import Form
 from tests.metal_as_cpp import EXACT, as_form, compile_kernel
 
 _COUNTING = """

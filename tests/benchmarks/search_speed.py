@@ -11,9 +11,9 @@ from typing import Any
 
 import numpy as np
 
-from glm_quant.quantize.affine import Bits, from_float32, quantize_affine
-from glm_quant.quantize.gptq import quantize_gptq
-from glm_quant.quantize.search import quantize_search
+from glm_quant.codes.affine import Bits, from_float32, quantize_affine
+from glm_quant.codes.gptq import quantize_gptq
+from glm_quant.codes.search import quantize_search
 
 # GLM-5.2's routed experts: what gate and up meet, and what down meets.
 WIDTHS = (6144, 2048)

@@ -16,7 +16,7 @@ from uuid import uuid4
 
 import httpx
 
-from flows.keeper import is_flow_process
+from deployments.restarts import is_flow_process
 from tests.e2e.command_line import CommandLine
 
 SLOW_MACHINE_SECONDS = 240

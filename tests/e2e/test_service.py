@@ -16,8 +16,8 @@ from typing import Any
 import pytest
 from huggingface_hub import snapshot_download
 
-from flows.automations import silent_runs
-from flows.keeper import is_flow_process
+from deployments.automations import silent_runs
+from deployments.restarts import is_flow_process
 from glm_quant.testbed import tiny_glm_path
 from tests.e2e.conftest import AWS_SECRET, BUCKET, HUB_TOKEN, UPSTREAM
 from tests.e2e.service import Service, wait_for

@@ -22,7 +22,7 @@ from prefect.settings import (
 from prefect.states import AwaitingRetry, Crashed, Running
 from prefect.variables import Variable
 
-from flows.keeper import RESTART_TAG, close_crashed, restart_crashed
+from deployments.restarts import RESTART_TAG, close_crashed, restart_crashed
 from flows.watch import watch
 from glm_quant.build import BuildSpec, open_build
 from glm_quant.hub.retry import Patience

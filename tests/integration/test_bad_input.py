@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-from flows.cli import app
+from flows.cli.main import app
 from glm_quant.checkpoint.index import INDEX_NAME
 from glm_quant.checkpoint.reader import Checkpoint
 from tests.plain import PLAIN
@@ -322,7 +322,7 @@ def test_disk_that_fills_up(small: Path, tmp_path: Path, good_output: dict[str, 
     script = (
         "import shutil, sys; usage = shutil.disk_usage\n"
         "shutil.disk_usage = lambda p: usage('/')\n"
-        "from flows.cli import main; main()\n"
+        "from flows.cli.main import main; main()\n"
     )
     options = ["--source", str(small), "--recipe", PLAIN, "--output", str(disk / "build")]
     python = [sys.executable, "-c", script, "convert", *options]

@@ -18,8 +18,9 @@ from mlx.utils import tree_flatten
 from mlx_lm.utils import quantize_model
 
 from glm_quant.checkpoint.reader import Checkpoint
+from glm_quant.codes import encode
 from glm_quant.model.glm_moe_dsa import Model, ModelArgs
-from glm_quant.quantize import encode, ledger
+from glm_quant.quantize import ledger
 from glm_quant.quantize.jobs import Job, make_jobs
 from glm_quant.quantize.plan import Plan
 from glm_quant.quantize.verify import verify

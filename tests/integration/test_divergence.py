@@ -12,21 +12,21 @@ from mlx_lm import load
 from glm_quant.checkpoint.reader import Checkpoint
 from glm_quant.errors import CheckpointError, EvaluationError, IntegrityError, RecipeError
 from glm_quant.evaluation import divergence as module
-from glm_quant.evaluation import streaming
-from glm_quant.evaluation.activations import load_arrays
 from glm_quant.evaluation.divergence import build_folder, check_bounds, divergence
 from glm_quant.evaluation.divergence_beside import compare_divergence
 from glm_quant.evaluation.divergence_record import DivergenceRecord
-from glm_quant.evaluation.memory_plan import plan_memory
-from glm_quant.evaluation.streaming import stream_states
 from glm_quant.evaluation.token_set import TokenSet, TokenSlice, make_token_set
-from glm_quant.evaluation.weights import BuildWeights, SourceWeights
 from glm_quant.hub.huggingface import HubSource
 from glm_quant.model.geometry import Geometry
 from glm_quant.parity.candidate import load_unquantized, logits_of
 from glm_quant.parity.measures import kl_divergence, log_softmax, relative_error, top1_agreement
 from glm_quant.recipe import DivergenceSettings, Recipe, load_recipe
 from glm_quant.settings import Bound
+from glm_quant.streaming import forward as streaming
+from glm_quant.streaming.activations import load_arrays
+from glm_quant.streaming.forward import stream_states
+from glm_quant.streaming.memory_plan import plan_memory
+from glm_quant.streaming.weights import BuildWeights, SourceWeights
 from glm_quant.testbed import tiny_glm_path
 from tests.hub_server import HubServer
 from tests.plain import PLAIN

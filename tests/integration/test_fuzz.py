@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from flows.cli import app
+from flows.cli.main import app
 from glm_quant.checkpoint.header import ITEM_SIZE, TensorInfo, header_length, parse_header
 from glm_quant.checkpoint.index import INDEX_NAME, parse_index
 from glm_quant.errors import CheckpointError

@@ -16,7 +16,6 @@ from glm_quant.calibration.own import imatrix_folder
 from glm_quant.calibration.texts import calibration_set
 from glm_quant.checkpoint.index import INDEX_NAME
 from glm_quant.errors import WeightError
-from glm_quant.evaluation.weights import BuildWeights, SourceWeights, Weights
 from glm_quant.stages.making import (
     AssembleStage,
     CalibrateStage,
@@ -24,6 +23,7 @@ from glm_quant.stages.making import (
     QuantizeStage,
     plan_figures,
 )
+from glm_quant.streaming.weights import BuildWeights, SourceWeights, Weights
 from glm_quant.testbed import tiny_glm_path
 from tests.hub_server import HubServer
 from tests.plain import PLAIN

@@ -6,20 +6,20 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from flows.cli import app
+from flows.cli.main import app
 from glm_quant.build import Build, BuildSpec
 from glm_quant.calibration.own import CalibrationRecord, imatrix_folder, record_path
 from glm_quant.calibration.texts import calibration_texts
 from glm_quant.errors import IntegrityError, RecipeError, RunError
 from glm_quant.evaluation.divergence import reference_beside
-from glm_quant.evaluation.streaming import stream_together
 from glm_quant.evaluation.token_set import make_token_set, read_texts
-from glm_quant.evaluation.weights import SourceWeights
 from glm_quant.quantize.command import open_conversion, workspace_beside
 from glm_quant.quantize.verify import verify
 from glm_quant.recipe import load_recipe, parse_recipe
 from glm_quant.settings import CalibrationSettings, DivergenceSettings
 from glm_quant.stages.making import CalibrateStage, PlanStage, QuantizeStage
+from glm_quant.streaming.forward import stream_together
+from glm_quant.streaming.weights import SourceWeights
 from glm_quant.testbed import held_out_text, tiny_glm_path
 from tests.plain import PLAIN
 

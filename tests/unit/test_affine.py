@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from glm_quant.quantize.affine import largest_magnitude, quantize_affine
+from glm_quant.codes.affine import largest_magnitude, quantize_affine
 
 MLX = {"BF16": mx.bfloat16, "F16": mx.float16, "F32": mx.float32}
 

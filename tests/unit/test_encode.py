@@ -9,9 +9,9 @@ import pytest
 from numpy.typing import NDArray
 
 from glm_quant.checkpoint.reader import as_array
+from glm_quant.codes.encode import Rows, encode, load_rows
+from glm_quant.codes.scheme import Quantized, Stored, layouts
 from glm_quant.errors import WeightError
-from glm_quant.quantize.encode import Rows, encode, load_rows
-from glm_quant.quantize.scheme import Quantized, Stored, layouts
 
 WHERE = "model-00001.safetensors: tensor a.weight"
 BITS: dict[str, Any] = {"BF16": np.uint16, "F16": np.uint16, "F32": np.uint32}

@@ -17,9 +17,9 @@ from glm_quant.calibration.calibrate import calibrate
 from glm_quant.calibration.command import open_calibrated
 from glm_quant.checkpoint.reader import Checkpoint
 from glm_quant.checkpoint.source import FolderSource
+from glm_quant.codes.scheme import Quantized
 from glm_quant.errors import InputError, OutputError, RecipeError
 from glm_quant.evaluation.token_set import TokenSet, make_token_set
-from glm_quant.evaluation.weights import BuildWeights
 from glm_quant.fit.command import FitSettings, _Fit, fit, parse_floors, parse_measure
 from glm_quant.fit.parts import divide
 from glm_quant.fit.sensitivity import (
@@ -36,9 +36,9 @@ from glm_quant.fit.trial import TrialWeights
 from glm_quant.model.geometry import Geometry
 from glm_quant.model.groups import GROUPS
 from glm_quant.quantize.plan import make_plan
-from glm_quant.quantize.scheme import Quantized
 from glm_quant.recipe import DivergenceSettings, load_recipe, parse_recipe
 from glm_quant.report.memory import machine_bytes, memory_need, reserved_bytes
+from glm_quant.streaming.weights import BuildWeights
 from tests.conftest import Made
 from tests.plain import PLAIN
 

@@ -8,11 +8,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from glm_quant.quantize import gptq
-from glm_quant.quantize.affine import from_float32, to_float32
-from glm_quant.quantize.gptq import quantize_gptq
-from glm_quant.quantize.imatrix import DAMPING, factor_of
-from glm_quant.quantize.search import quantize_search
+from glm_quant.codes import gptq
+from glm_quant.codes.affine import from_float32, to_float32
+from glm_quant.codes.gptq import quantize_gptq
+from glm_quant.codes.imatrix import DAMPING, factor_of
+from glm_quant.codes.search import quantize_search
 
 WIDTH, ROWS = 128, 48
 

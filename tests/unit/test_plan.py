@@ -12,11 +12,11 @@ from hypothesis import strategies as st
 
 from glm_quant.checkpoint.header import ITEM_SIZE, header_length, parse_header
 from glm_quant.checkpoint.reader import Checkpoint
+from glm_quant.codes.scheme import Quantized, Stored
 from glm_quant.errors import RecipeError
 from glm_quant.quantize.jobs import Job, make_jobs
 from glm_quant.quantize.plan import Plan, make_plan
 from glm_quant.quantize.schedule import Schedule
-from glm_quant.quantize.scheme import Quantized, Stored
 from glm_quant.recipe import load_recipe
 from glm_quant.testbed.synthetic import small_config
 

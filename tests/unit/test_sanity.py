@@ -7,10 +7,10 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
+from glm_quant.codes.encode import Rows, encode
+from glm_quant.codes.fidelity import measure
+from glm_quant.codes.scheme import Quantized
 from glm_quant.errors import WeightError
-from glm_quant.quantize.encode import Rows, encode
-from glm_quant.quantize.fidelity import measure
-from glm_quant.quantize.scheme import Quantized
 from glm_quant.recipe import Recipe
 from tests.conftest import Edit, Made
 

@@ -9,11 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from glm_quant.quantize.affine import from_float32, quantize_affine, to_float32
-from glm_quant.quantize.encode import Rows, encode
-from glm_quant.quantize.scheme import Quantized, layouts
-from glm_quant.quantize.search import Search, quantize_search
-from glm_quant.quantize.search_loops import DROPPED, round_to
+from glm_quant.codes.affine import from_float32, quantize_affine, to_float32
+from glm_quant.codes.encode import Rows, encode
+from glm_quant.codes.scheme import Quantized, layouts
+from glm_quant.codes.search import Search, quantize_search
+from glm_quant.codes.search_loops import DROPPED, round_to
 
 MLX = {"BF16": mx.bfloat16, "F16": mx.float16, "F32": mx.float32}
 Made = tuple[np.ndarray, np.ndarray, np.ndarray]

@@ -11,22 +11,22 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from glm_quant.quantize import search_device
-from glm_quant.quantize.affine import from_float32
-from glm_quant.quantize.encode import Rows, encode
-from glm_quant.quantize.scheme import Quantized
-from glm_quant.quantize.search import Search, quantize_search
-from glm_quant.quantize.search_arrays import try_in_arrays
-from glm_quant.quantize.search_device import (
+from glm_quant.codes import search_device
+from glm_quant.codes.affine import from_float32
+from glm_quant.codes.encode import Rows, encode
+from glm_quant.codes.scheme import Quantized
+from glm_quant.codes.search import Search, quantize_search
+from glm_quant.codes.search_arrays import try_in_arrays
+from glm_quant.codes.search_device import (
     device_form,
     disproof,
     hard_groups,
     refusal,
     slowness,
 )
-from glm_quant.quantize.search_forms import Form, Problem, Tried
-from glm_quant.quantize.search_kernel import try_on_metal
-from glm_quant.quantize.search_loops import STATE
+from glm_quant.codes.search_forms import Form, Problem, Tried
+from glm_quant.codes.search_kernel import try_on_metal
+from glm_quant.codes.search_loops import STATE
 from tests.metal_as_cpp import EXACT, kernel
 
 # What may be a float32 product and sum in one rounding, by machine.
@@ -110,7 +110,7 @@ def test_units_and_pieces(as_cpp: Form, monkeypatch: pytest.MonkeyPatch) -> None
         asked.append(len(problem.w))
         return as_cpp(problem)
 
-    monkeypatch.setattr("glm_quant.quantize.search_forms._WEIGHTS", 7 * 64)
+    monkeypatch.setattr("glm_quant.codes.search_forms._WEIGHTS", 7 * 64)
     made = quantize_search(weights, "BF16", 2, 64, energy, form=form)
     assert asked == [7] * 5 + [1]
     assert same(made, quantize_search(weights, "BF16", 2, 64, energy))

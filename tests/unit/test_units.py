@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from flows.service import server
-from flows.units import Place, launch_agents, rotate_log, systemd_units
+from deployments.launchd_systemd import Place, launch_agents, rotate_log, systemd_units
+from deployments.service import server
 from flows.watch import watch
 from glm_quant.build import BuildSpec
 from glm_quant.recipe import recipe_names
@@ -32,7 +32,7 @@ def test_launch_agents_are_property_lists_that_stay_alive() -> None:
         agent["Label"] for agent in agents.values()
     }
     for agent in agents.values():
-        assert agent["ProgramArguments"][:4] == [str(PLACE.python), "-P", "-m", "flows.cli"]
+        assert agent["ProgramArguments"][:4] == [str(PLACE.python), "-P", "-m", "flows.cli.main"]
         assert agent["WorkingDirectory"] == str(PLACE.home)
     assert agents["org.glm-quant.worker.plist"]["KeepAlive"]
     assert "KeepAlive" not in agents["org.glm-quant.logs.plist"]
@@ -46,7 +46,7 @@ def test_systemd_units_say_the_same() -> None:
         unit.optionxform = str  # type: ignore[assignment]
         unit.read_string(data.decode())
         words = [word.replace("%%", "%") for word in shlex.split(unit["Service"]["ExecStart"])]
-        assert words[:4] == [str(PLACE.python), "-P", "-m", "flows.cli"]
+        assert words[:4] == [str(PLACE.python), "-P", "-m", "flows.cli.main"]
         assert words[4] == re.sub(r"glm-quant-(\w+)\.service", r"\1", name)
         assert unit["Service"]["Restart"] == "always"
 
@@ -56,8 +56,8 @@ def test_the_ui_asks_the_server_that_it_came_from(monkeypatch: pytest.MonkeyPatc
     started: list[list[str]] = []
     monkeypatch.setenv("PREFECT_UI_API_URL", "")
     monkeypatch.delenv("PREFECT_UI_API_URL")
-    monkeypatch.setattr("flows.service.prepare_service", lambda: None)
-    monkeypatch.setattr("flows.service._become", started.append)
+    monkeypatch.setattr("deployments.service.prepare_service", lambda: None)
+    monkeypatch.setattr("deployments.service._become", started.append)
     server(port=4321)
     assert os.environ["PREFECT_UI_API_URL"] == "http://127.0.0.1:4321/api"
     assert started[0][-2:] == ["--port", "4321"]

@@ -20,8 +20,8 @@ import mlx.core as mx
 import numpy as np
 from numpy.typing import NDArray
 
-from glm_quant.quantize import search_loops
-from glm_quant.quantize.search_loops import STATE, new_lanes
+from glm_quant.codes import search_loops
+from glm_quant.codes.search_loops import STATE, new_lanes
 
 # Weights that a form is given at a time: a GPU is done with them in milliseconds.
 _WEIGHTS = 1 << 20

@@ -19,10 +19,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from glm_quant.codes.affine import Bits, from_float32, recoder, to_float32
+from glm_quant.codes.gptq_group import Group
+from glm_quant.codes.search import quantize_search
 from glm_quant.compiled import compiled
-from glm_quant.quantize.affine import Bits, from_float32, recoder, to_float32
-from glm_quant.quantize.gptq_group import Group
-from glm_quant.quantize.search import quantize_search
 
 # Rows that go through all columns together, at 6 MB for GLM-5.2's widest.
 _ROWS = 256

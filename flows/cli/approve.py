@@ -6,7 +6,7 @@ from uuid import UUID
 
 import typer
 
-from flows.terminal import errors_in_one_screen
+from flows.cli.terminal import errors_in_one_screen
 from glm_quant.errors import InputError
 
 

@@ -7,7 +7,7 @@ import mlx.core as mx
 import numpy as np
 from numpy.typing import NDArray
 
-from glm_quant.evaluation.weights import Floats
+from glm_quant.streaming.weights import Floats
 
 Tokens = NDArray[np.int64]
 

@@ -20,8 +20,8 @@ from urllib.parse import urlsplit
 
 import typer
 
+from flows.cli.terminal import errors_in_one_screen
 from flows.environment import HOME_VARIABLE, prepare_service
-from flows.terminal import errors_in_one_screen
 from glm_quant.artifact import sha256_file
 from glm_quant.errors import ServiceError
 
@@ -75,7 +75,7 @@ def _work(pool: str, once: bool) -> None:
     """Be Prefect's worker; a Mac does not sleep meanwhile."""
     from prefect.cli import app
 
-    from flows.keeper import keep_restarting
+    from deployments.restarts import keep_restarting
 
     # Prefect's worker turns SIGTERM into SIGINT, which nohup or a shell's `&` may have set aside.
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
@@ -90,8 +90,8 @@ def _work(pool: str, once: bool) -> None:
 
 def set_up(pool: str, deployments: Path | None = None) -> None:
     """Make what a worker needs on the server, and mark runs whose process is gone."""
-    from flows.automations import install_automation
-    from flows.keeper import mark_dead
+    from deployments.automations import install_automation
+    from deployments.restarts import mark_dead
 
     make_pool(pool)
     with ExitStack() as stack:

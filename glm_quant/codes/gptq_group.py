@@ -19,9 +19,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from glm_quant.codes.affine import from_float32, to_float32
+from glm_quant.codes.search_loops import LIMIT
 from glm_quant.compiled import compiled
-from glm_quant.quantize.affine import from_float32, to_float32
-from glm_quant.quantize.search_loops import LIMIT
 
 Floats = NDArray[np.float32]
 Grid = tuple[Floats, Floats]

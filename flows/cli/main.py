@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from flows import service
-from flows.approve import approve
-from flows.environment import prepare
-from flows.measuring import calibrate, fit, imatrix
-from flows.options import Json, RecipeOption, Reuse, Source, Verbose, Window
-from flows.stopping import stopping_in_order
-from flows.terminal import (
+from deployments import service
+from deployments.launchd_systemd import service_app
+from flows.cli.approve import approve
+from flows.cli.measuring import calibrate, fit, imatrix
+from flows.cli.options import Json, RecipeOption, Reuse, Source, Verbose, Window
+from flows.cli.stopping import stopping_in_order
+from flows.cli.terminal import (
     ERRORS,
     OUT,
     Terminal,
@@ -25,7 +25,7 @@ from flows.terminal import (
     print_json,
     status_table,
 )
-from flows.units import service_app
+from flows.environment import prepare
 from glm_quant.build import Build, BuildSpec, open_build, require_free
 from glm_quant.evaluation.baselines import parse_baselines
 from glm_quant.hub import DEFAULT_WINDOW

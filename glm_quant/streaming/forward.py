@@ -23,12 +23,12 @@ import mlx.nn as nn
 import numpy as np
 from numpy.typing import NDArray
 
-from glm_quant.evaluation.activations import Activations, load_arrays, save_arrays
-from glm_quant.evaluation.memory_plan import MLP_ROWS, MemoryPlan
-from glm_quant.evaluation.products import product
-from glm_quant.evaluation.walking import Host, Tokens, Variant, Watching
-from glm_quant.evaluation.weights import Floats, Weights
 from glm_quant.fingerprint import fingerprint
+from glm_quant.streaming.activations import Activations, load_arrays, save_arrays
+from glm_quant.streaming.memory_plan import MLP_ROWS, MemoryPlan
+from glm_quant.streaming.products import product
+from glm_quant.streaming.walking import Host, Tokens, Variant, Watching
+from glm_quant.streaming.weights import Floats, Weights
 
 log = logging.getLogger(__name__)
 

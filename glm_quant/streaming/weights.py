@@ -24,8 +24,8 @@ from numpy.typing import NDArray
 from glm_quant.checkpoint.header import TensorInfo
 from glm_quant.checkpoint.reader import Checkpoint, as_array
 from glm_quant.errors import CheckpointError, MissingTensorError
-from glm_quant.evaluation.products import with_products
 from glm_quant.model.runtime import load_runtime
+from glm_quant.streaming.products import with_products
 
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 

@@ -13,7 +13,7 @@ from typing import Annotated, Any
 
 import typer
 
-from flows.terminal import errors_in_one_screen
+from flows.cli.terminal import errors_in_one_screen
 from glm_quant.artifact import write_atomic
 from glm_quant.errors import InputError
 
@@ -39,7 +39,7 @@ class Place:
 
     def command(self, *arguments: str) -> list[str]:
         """Return a command line of `glm-quant` with this interpreter."""
-        return [str(self.python), "-P", "-m", "flows.cli", *arguments]
+        return [str(self.python), "-P", "-m", "flows.cli.main", *arguments]
 
 
 @service_app.command()

@@ -14,9 +14,9 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from glm_quant.quantize import search_loops
-from glm_quant.quantize.search_forms import Problem, Tried, thread_stream
-from glm_quant.quantize.search_loops import DECIDED, DROPPED_BY_F16, STATE, STEPS
+from glm_quant.codes import search_loops
+from glm_quant.codes.search_forms import Problem, Tried, thread_stream
+from glm_quant.codes.search_loops import DECIDED, DROPPED_BY_F16, STATE, STEPS
 
 _INPUTS = ("w", "h", "state", "starts", "limit")
 _OUTPUTS = ("error", "s", "b", "refit_s", "refit_b", "unsure")

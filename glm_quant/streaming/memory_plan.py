@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from math import prod
 
 from glm_quant.errors import EvaluationError
-from glm_quant.evaluation.weights import AHEAD
 from glm_quant.model.geometry import Geometry
+from glm_quant.streaming.weights import AHEAD
 
 # Tokens that go through a feed-forward matrix at a time.
 MLP_ROWS = 2048

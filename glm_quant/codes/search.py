@@ -27,15 +27,15 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from glm_quant.quantize.affine import (
+from glm_quant.codes.affine import (
     Bits,
     from_float32,
     quantize_unrounded,
     recoder,
     to_float32,
 )
-from glm_quant.quantize.search_forms import Form, Task, search_by, search_by_loops
-from glm_quant.quantize.search_loops import DROPPED, LIMIT
+from glm_quant.codes.search_forms import Form, Task, search_by, search_by_loops
+from glm_quant.codes.search_loops import DROPPED, LIMIT
 
 # Ranges to begin with, as shares of the way from a group's mean to its ends. In more bits the best
 # range is nearer to the whole one, and fewer starts find it.

@@ -13,19 +13,19 @@ from numpy.typing import NDArray
 
 from glm_quant.checkpoint.fp8 import dequantize
 from glm_quant.checkpoint.reader import as_array
-from glm_quant.errors import WeightError
-from glm_quant.quantize.affine import (
+from glm_quant.codes.affine import (
     Bits,
     from_float32,
     largest_magnitude,
     quantize_affine,
     to_float32,
 )
-from glm_quant.quantize.gptq import quantize_gptq
-from glm_quant.quantize.scheme import Quantized, Scheme
-from glm_quant.quantize.search import quantize_search
-from glm_quant.quantize.search_device import device_form
-from glm_quant.quantize.search_forms import thread_stream
+from glm_quant.codes.gptq import quantize_gptq
+from glm_quant.codes.scheme import Quantized, Scheme
+from glm_quant.codes.search import quantize_search
+from glm_quant.codes.search_device import device_form
+from glm_quant.codes.search_forms import thread_stream
+from glm_quant.errors import WeightError
 
 # Part of every fingerprint: raise it with any change that alters output bytes.
 VERSION = 2

@@ -16,10 +16,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from glm_quant.checkpoint.reader import as_array
+from glm_quant.codes.affine import Bits, to_float32
+from glm_quant.codes.scheme import Quantized
 from glm_quant.compiled import compiled
 from glm_quant.errors import WeightError
-from glm_quant.quantize.affine import Bits, to_float32
-from glm_quant.quantize.scheme import Quantized
 
 BINS = 16
 # Prime, so that over the rows every column comes up. Blocks of few groups are looked at whole.

@@ -16,12 +16,12 @@ import mlx.core as mx
 import numpy as np
 from numpy.typing import NDArray
 
-from glm_quant.quantize.affine import Bits, from_float32
-from glm_quant.quantize.search import quantize_search
-from glm_quant.quantize.search_arrays import try_in_arrays
-from glm_quant.quantize.search_forms import Form, Problem, Tried
-from glm_quant.quantize.search_kernel import try_on_metal
-from glm_quant.quantize.search_loops import LIMIT
+from glm_quant.codes.affine import Bits, from_float32
+from glm_quant.codes.search import quantize_search
+from glm_quant.codes.search_arrays import try_in_arrays
+from glm_quant.codes.search_forms import Form, Problem, Tried
+from glm_quant.codes.search_kernel import try_on_metal
+from glm_quant.codes.search_loops import LIMIT
 
 _log = logging.getLogger(__name__)
 

@@ -12,8 +12,8 @@ import mlx.core as mx
 import numpy as np
 from numpy.typing import NDArray
 
-from glm_quant.quantize.search_forms import Problem, Tried, thread_stream
-from glm_quant.quantize.search_loops import (
+from glm_quant.codes.search_forms import Problem, Tried, thread_stream
+from glm_quant.codes.search_loops import (
     DECIDED,
     DROPPED_BY_F16,
     LARGE,

@@ -5,9 +5,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from flows.options import Json, RecipeOption, Verbose
-from flows.stopping import stopping_in_order
-from flows.terminal import ERRORS, OUT, Terminal, errors_in_one_screen, fit_table, print_json
+from flows.cli.options import Json, RecipeOption, Verbose
+from flows.cli.stopping import stopping_in_order
+from flows.cli.terminal import ERRORS, OUT, Terminal, errors_in_one_screen, fit_table, print_json
 from glm_quant.settings import CalibrationSettings
 
 if TYPE_CHECKING:

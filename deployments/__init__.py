@@ -1,0 +1,1 @@
+"""Where it runs: server, worker, restarts and service units around the deployments."""

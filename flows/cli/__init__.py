@@ -1,0 +1,1 @@
+"""The command line `glm-quant`, a file a family of commands."""

@@ -1,0 +1,1 @@
+"""A forward pass a layer, or an expert, at a time."""
