@@ -5,6 +5,7 @@ are our own loops (`affine`, `search`); the mx and nv formats are mx.quantize's,
 machine. mx.quantize returns plausible numbers for NaN input, so every value is looked at before.
 """
 
+import threading
 from typing import Any, NamedTuple
 
 import mlx.core as mx
@@ -23,8 +24,6 @@ from glm_quant.codes.affine import (
 from glm_quant.codes.gptq import quantize_gptq
 from glm_quant.codes.scheme import Quantized, Scheme
 from glm_quant.codes.search import quantize_search
-from glm_quant.codes.search_device import device_form
-from glm_quant.codes.search_forms import thread_stream
 from glm_quant.errors import WeightError
 
 # Part of every fingerprint: raise it with any change that alters output bytes.
@@ -34,6 +33,8 @@ VERSION = 2
 _INFINITY = {"BF16": 0x7F80, "F16": 0x7C00, "F32": 0x7F800000}
 # The largest finite values of the narrow dtypes.
 _MAX = {"F16": 65504.0, "BF16": 3.3895313892515355e38}
+
+_thread = threading.local()
 
 
 class Rows(NamedTuple):
@@ -108,8 +109,7 @@ def encode(
         if factor is not None:
             made = quantize_gptq(*rows, scheme.bits, scheme.group_size, factor, energy)
         elif scheme.quantizer != "minmax":
-            form = device_form(rows.dtype, scheme.bits, scheme.group_size)
-            made = quantize_search(*rows, scheme.bits, scheme.group_size, energy, form=form)
+            made = quantize_search(*rows, scheme.bits, scheme.group_size, energy)
         else:
             made = quantize_affine(*rows, scheme.bits, scheme.group_size)
         codes, scales, biases = made
@@ -139,10 +139,17 @@ def _cast(rows: Rows, dtype: str, where: str) -> Bits:
 
 
 def _quantize_with_mlx(rows: Rows, scheme: Quantized) -> list[NDArray[Any]]:
-    with mx.stream(thread_stream(mx.Device(mx.cpu))):
+    with mx.stream(_cpu_stream()):
         weights = as_array(np.ascontiguousarray(rows.bits).data, rows.dtype, rows.bits.shape)
         made = mx.quantize(
             weights, group_size=scheme.group_size, bits=scheme.bits, mode=scheme.mode
         )
         mx.eval(made)
         return [np.asarray(array) for array in made]
+
+
+def _cpu_stream() -> mx.Stream:
+    """Return this thread's own stream of the CPU: MLX's streams belong to threads."""
+    if not hasattr(_thread, "stream"):
+        _thread.stream = mx.new_stream(mx.Device(mx.cpu))
+    return _thread.stream

@@ -69,7 +69,6 @@ def quantize_gptq(
             columns = slice(group * group_size, (group + 1) * group_size)
             now = from_float32(np.ascontiguousarray(left[:, columns]), dtype)
             loud = None if own is None else np.ascontiguousarray(own[:, columns])
-            # By the loops everywhere: so few groups, one after the other, are too little for a GPU.
             _, s, b = quantize_search(now, dtype, bits, group_size, loud)
             made = Group(left[:, columns], factor[columns, columns], n)
             grid = made.refine((to_float32(s[:, 0], dtype), to_float32(b[:, 0], dtype)), dtype)

@@ -14,12 +14,10 @@ nearest codes and the least-squares s and b for these codes:
     s = (H·Y - X·L) / (H·Q - L²)    b = (X - s·L) / H
     with H = Σh, L = Σhq, Q = Σhq², X = Σhw, Y = Σhqw
 
-What a reader would get wrong: s and b are rounded to their stored dtype *before* they are scored,
-and MLX's own solution is a candidate. So a group's weighted error is never above MLX's, and a group
-for which the search finds nothing better keeps MLX's bytes.
-
-All of it is done by compiled loops on the CPU (`search_loops`); or the starts, nearly all of the
-work, on a GPU that was seen to give the same bytes (`search_forms`, `search_device`).
+The s and b of a step are rounded to their stored dtype *before* they are scored, and MLX's own
+solution is a candidate. So a group's weighted error is never above MLX's, and a group for which the
+search finds nothing better keeps MLX's bytes. All of it is done by compiled loops on the CPU
+(`search_loops`), so that every machine gives the same bytes.
 """
 
 from dataclasses import dataclass
@@ -34,8 +32,7 @@ from glm_quant.codes.affine import (
     recoder,
     to_float32,
 )
-from glm_quant.codes.search_forms import Form, Task, search_by, search_by_loops
-from glm_quant.codes.search_loops import DROPPED, LIMIT
+from glm_quant.codes.search_loops import DROPPED, LIMIT, new_lanes, search
 
 # Ranges to begin with, as shares of the way from a group's mean to its ends. In more bits the best
 # range is nearer to the whole one, and fewer starts find it.
@@ -75,7 +72,6 @@ def quantize_search(
     group_size: int,
     energy: NDArray[np.float32] | None = None,
     settings: Search = DEFAULT,
-    form: Form | None = None,
 ) -> tuple[NDArray[np.uint32], Bits, Bits]:
     """Quantize rows of weights.
 
@@ -87,7 +83,6 @@ def quantize_search(
         energy: E[x²] of the inputs, [units, width], positive, mean about 1: each row of it is for
             rows / units rows of weights. None: all are 1.
         settings: what to minimize.
-        form: what tries the starts instead of the compiled loops; the bytes are the same.
 
     Returns:
         As `affine.quantize_affine`.
@@ -97,18 +92,18 @@ def quantize_search(
     if energy is None:
         energy = np.ones((1, width), np.float32)
     starts = [(low, high) for low in _SHARES[bits] for high in _SHARES[bits]]
-    task = Task(
-        to_float32(weights, dtype).reshape(-1),
-        np.ascontiguousarray(energy).reshape(-1),
+    values = to_float32(weights, dtype).reshape(-1)
+    improved = np.zeros(scales.size, np.bool_)
+    grids = scales.reshape(-1), biases.reshape(-1)
+    search(
+        (values, np.ascontiguousarray(energy).reshape(-1)),
         (group_size, width, rows // len(energy)),
         np.array(starts, np.float32),
         (np.float32((1 << bits) - 1), DROPPED[dtype], np.float32(LIMIT[dtype])),
         (np.float32(min(settings.slack, _ANY)), settings.magnitudes),
-        (scales.reshape(-1), biases.reshape(-1), np.zeros(scales.size, np.bool_)),
+        new_lanes(),
+        (*grids, improved),
     )
-    if form is None:
-        search_by_loops(task)
-    else:
-        search_by(form, task)
-    recoder(bits)(task.values, *task.result, codes.reshape(-1))
+    # Codes under MLX's unrounded s and b stay where nothing better was found.
+    recoder(bits)(values, *grids, improved, codes.reshape(-1))
     return codes, from_float32(scales, dtype), from_float32(biases, dtype)

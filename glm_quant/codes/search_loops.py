@@ -1,9 +1,9 @@
-"""The compiled loops of `search`: the form that runs everywhere, and that all others must equal.
+"""The compiled loops of `search`.
 
 They hold 16 groups side by side, one a lane, and each lane adds up in the order of its weights. So
 they are vectorized and yet the same IEEE operations in the same order on every machine: the bytes
-do not depend on the width of their vectors. What a reader would get wrong: constants that a loop
-uses must stand in this file, since a loop is compiled again only when its own file changes.
+do not depend on the width of their vectors. Constants that a loop uses must stand in this file,
+since a loop is compiled again only when its own file changes.
 """
 
 from typing import Any, NamedTuple
@@ -27,11 +27,6 @@ DECIDED = 1e-6
 
 # Beyond these a product of three could leave float32's normal range; such groups keep MLX's bytes.
 _SMALLEST, _LARGEST = np.float32(2.0**-32), np.float32(2.0**32)
-
-# What other forms are told of a group before its starts, in this order.
-STATE = ("low", "high", "mean", "sum_h", "sum_hw", "s", "b", "best", "allowed")
-# Where other forms may differ by subnormal numbers (`search_forms`).
-SMALL, LARGE, SMALL_H, TINY = 2.0**-60, 2.0**60, 2.0**-40, 2.0**-100
 
 
 @compiled
@@ -57,7 +52,7 @@ def round_to(values: Any, dropped: Any) -> None:  # pragma: no cover - compiled
 class _Lanes(NamedTuple):
     """What the loop knows of 16 groups, each [lanes]: arrays, as numba sees them.
 
-    `found` [5, lanes] is what `evaluate` finds: Σh(w - ŵ)², max|w - ŵ|, Σhq, Σhq², Σhqw.
+    `sums` [5 · lanes] is what `_evaluate` fills: Σh(w - ŵ)², max|w - ŵ|, Σhq, Σhq², Σhqw.
     """
 
     low: Any
@@ -76,7 +71,7 @@ class _Lanes(NamedTuple):
     best_b: Any
     best: Any
     allowed: Any
-    found: Any
+    sums: Any
 
 
 def new_lanes() -> _Lanes:
@@ -87,10 +82,11 @@ def new_lanes() -> _Lanes:
 
 @compiled
 def _load(
-    source: Any, energy: Any, shape: Any, first: Any, last: Any, w: Any, h: Any
+    source: Any, energy: Any, shape: Any, groups: Any, w: Any, h: Any
 ) -> None:  # pragma: no cover - compiled
     """Lay 16 groups side by side, with the energies of their columns; the last one fills up."""
     group_size, width, rows_per_unit = shape
+    first, last = groups
     for lane in range(_LANES):
         begin = min(first + lane, last) * group_size
         row = begin // width
@@ -150,15 +146,17 @@ def _weigh(w: Any, h: Any, magnitudes: Any, at: Any) -> None:  # pragma: no cove
 
 @compiled
 def _evaluate(
-    w: Any, h: Any, n: Any, code_s: Any, code_b: Any, s: Any, b: Any, found: Any
+    w: Any, h: Any, n: Any, code_grid: Any, grid: Any, sums: Any
 ) -> None:  # pragma: no cover - compiled
-    """Find the nearest codes under one s and b, and what they are worth.
+    """Find the nearest codes under a grid (s and b), and what they are worth.
 
-    Codes come from `code_s` and `code_b`, values from `s` and `b`: MLX's differ by rounding.
+    Codes come from `code_grid`, values from `grid`: MLX's differ by rounding.
     """
+    code_s, code_b = code_grid
+    s, b = grid
     zero = np.float32(0)
-    for i in range(found.size):
-        found[i] = zero
+    for i in range(sums.size):
+        sums[i] = zero
     for j in range(w.size // _LANES):
         for lane in range(_LANES):
             x = w[j * _LANES + lane]
@@ -166,11 +164,11 @@ def _evaluate(
             q = min(max(np.rint((x - code_b[lane]) / code_s[lane]), zero), n)
             d = x - (q * s[lane] + b[lane])
             hq = weight * q
-            found[lane] += weight * d * d
-            found[_LANES + lane] = max(found[_LANES + lane], abs(d))
-            found[2 * _LANES + lane] += hq
-            found[3 * _LANES + lane] += hq * q
-            found[4 * _LANES + lane] += hq * x
+            sums[lane] += weight * d * d
+            sums[_LANES + lane] = max(sums[_LANES + lane], abs(d))
+            sums[2 * _LANES + lane] += hq
+            sums[3 * _LANES + lane] += hq * q
+            sums[4 * _LANES + lane] += hq * x
 
 
 @compiled
@@ -196,8 +194,8 @@ def _accept(limit: Any, at: Any) -> None:  # pragma: no cover - compiled
 def _keep_better(at: Any) -> None:  # pragma: no cover - compiled
     """Remember s and b where they are the best so far and keep the bound."""
     for lane in range(_LANES):
-        if at.found[lane] < at.best[lane] and at.found[_LANES + lane] <= at.allowed[lane]:
-            at.best[lane] = at.found[lane]
+        if at.sums[lane] < at.best[lane] and at.sums[_LANES + lane] <= at.allowed[lane]:
+            at.best[lane] = at.sums[lane]
             at.best_s[lane], at.best_b[lane] = at.s[lane], at.b[lane]
 
 
@@ -206,9 +204,9 @@ def _refit(at: Any) -> None:  # pragma: no cover - compiled
     """Find the least-squares s and b for the codes; s is 0 where they do not decide it."""
     for lane in range(_LANES):
         total, x = np.float64(at.sum_h[lane]), np.float64(at.sum_hw[lane])
-        linear = np.float64(at.found[2 * _LANES + lane])
-        square = np.float64(at.found[3 * _LANES + lane])
-        y = np.float64(at.found[4 * _LANES + lane])
+        linear = np.float64(at.sums[2 * _LANES + lane])
+        square = np.float64(at.sums[3 * _LANES + lane])
+        y = np.float64(at.sums[4 * _LANES + lane])
         spread = total * square - linear * linear
         at.next_s[lane] = at.next_b[lane] = np.float32(0)
         if spread > np.float64(DECIDED) * total * square:
@@ -219,10 +217,10 @@ def _refit(at: Any) -> None:  # pragma: no cover - compiled
 
 @compiled
 def _start_from_mlx(
-    w: Any, h: Any, form: Any, settings: Any, at: Any
+    w: Any, h: Any, numbers: Any, settings: Any, at: Any
 ) -> None:  # pragma: no cover - compiled
     """Score MLX's own solution, which `mlx_s` and `mlx_b` hold unrounded: the one to beat."""
-    n, dropped, _ = form
+    n, dropped, _ = numbers
     slack, magnitudes = settings
     for lane in range(_LANES):
         at.best_s[lane], at.best_b[lane] = at.mlx_s[lane], at.mlx_b[lane]
@@ -230,125 +228,53 @@ def _start_from_mlx(
     round_to(at.best_b, dropped)
     _set_aside(w, at)
     _weigh(w, h, magnitudes, at)
-    _evaluate(w, h, n, at.mlx_s, at.mlx_b, at.best_s, at.best_b, at.found)
+    _evaluate(w, h, n, (at.mlx_s, at.mlx_b), (at.best_s, at.best_b), at.sums)
     for lane in range(_LANES):
-        at.best[lane] = at.found[lane]
-        at.allowed[lane] = at.found[_LANES + lane] * slack
+        at.best[lane] = at.sums[lane]
+        at.allowed[lane] = at.sums[_LANES + lane] * slack
         at.mlx_s[lane], at.mlx_b[lane] = at.best_s[lane], at.best_b[lane]
 
 
 @compiled
-def _enter(
-    source: Any,
-    energy: Any,
-    shape: Any,
-    first: Any,
-    w: Any,
-    h: Any,
-    form: Any,
-    settings: Any,
-    at: Any,
-    result: Any,
-) -> None:  # pragma: no cover - compiled
-    """Take up 16 groups, up to the point where starts are tried."""
-    scales, biases, _ = result
-    last = scales.size - 1
-    _load(source, energy, shape, first, last, w, h)
-    _survey(w, at)
-    for lane in range(_LANES):
-        at.mlx_s[lane] = scales[min(first + lane, last)]
-        at.mlx_b[lane] = biases[min(first + lane, last)]
-    _start_from_mlx(w, h, form, settings, at)
-
-
-@compiled
 def search(
-    source: Any,
-    energy: Any,
-    shape: Any,
-    starts: Any,
-    form: Any,
-    settings: Any,
-    at: Any,
-    result: Any,
+    inputs: Any, shape: Any, starts: Any, numbers: Any, settings: Any, at: Any, result: Any
 ) -> None:  # pragma: no cover - compiled
-    """Replace MLX's s and b by better ones, rounded, and mark the groups where it was done."""
-    n, dropped, limit = form
+    """Replace MLX's s and b by better ones, rounded, and mark the groups where it was done.
+
+    Args:
+        inputs: weights, flat; energies of their columns, [units · width], flat.
+        shape: group size, width, rows of a unit.
+        starts: shares of the way from the mean to the lower and upper end, [starts, 2].
+        numbers: the largest code; how many bits of a float32's fraction the dtype of s and b
+            drops; its largest value.
+        settings: slack and magnitudes, see `search.Search`.
+        at: room for the groups at hand, `new_lanes()`.
+        result: scales and biases, replaced; and whether they were, for each group.
+    """
+    n, dropped, limit = numbers
     scales, biases, better = result
+    source, energy = inputs
+    last = scales.size - 1
     w = np.empty(shape[0] * _LANES, np.float32)
     h = np.empty_like(w)
     for first in range(0, scales.size, _LANES):
-        _enter(source, energy, shape, first, w, h, form, settings, at, result)
+        _load(source, energy, shape, (first, last), w, h)
+        _survey(w, at)
+        for lane in range(_LANES):
+            at.mlx_s[lane] = scales[min(first + lane, last)]
+            at.mlx_b[lane] = biases[min(first + lane, last)]
+        _start_from_mlx(w, h, numbers, settings, at)
         for i in range(len(starts)):
             _begin(starts[i, 0], starts[i, 1], n, at)
             for _ in range(STEPS):
+                # Rounded first: what is scored is what will be stored.
                 round_to(at.next_s, dropped)
                 round_to(at.next_b, dropped)
                 _accept(limit, at)
-                _evaluate(w, h, n, at.s, at.b, at.s, at.b, at.found)
+                _evaluate(w, h, n, (at.s, at.b), (at.s, at.b), at.sums)
                 _keep_better(at)
                 _refit(at)
         for lane in range(min(_LANES, scales.size - first)):
             if at.best_s[lane] != at.mlx_s[lane] or at.best_b[lane] != at.mlx_b[lane]:
                 scales[first + lane], biases[first + lane] = at.best_s[lane], at.best_b[lane]
                 better[first + lane] = True
-
-
-@compiled
-def _see_plain(w: Any, h: Any, ends: Any) -> None:  # pragma: no cover - compiled
-    """Find each group's smallest weight that is not 0, and its smallest and largest importance."""
-    zero, large = np.float32(0), np.float32(LARGE)
-    for lane in range(_LANES):
-        ends[0, lane] = ends[1, lane] = large
-        ends[2, lane] = zero
-    for j in range(w.size // _LANES):
-        for lane in range(_LANES):
-            size, weight = abs(w[j * _LANES + lane]), h[j * _LANES + lane]
-            ends[0, lane] = min(ends[0, lane], large if size == zero else size)
-            ends[1, lane] = min(ends[1, lane], weight)
-            ends[2, lane] = max(ends[2, lane], weight)
-
-
-@compiled
-def _is_plain(lane: Any, ends: Any, at: Any) -> Any:  # pragma: no cover - compiled
-    """Whether a group's numbers are far enough from the subnormal ones; see `search_forms`."""
-    zero, small, large = np.float32(0), np.float32(SMALL), np.float32(LARGE)
-    small_h, tiny = np.float32(SMALL_H), np.float32(TINY)
-    s, b, mean = abs(at.mlx_s[lane]), abs(at.mlx_b[lane]), abs(at.mean[lane])
-    plain = tiny <= at.best[lane] and tiny <= at.allowed[lane] and small <= s <= large
-    plain = plain and (b == zero or small <= b <= large) and (mean == zero or mean >= small_h)
-    return plain and ends[0, lane] >= small and small_h <= ends[1, lane] and ends[2, lane] <= large
-
-
-@compiled
-def prepare(
-    source: Any,
-    energy: Any,
-    shape: Any,
-    first: Any,
-    form: Any,
-    settings: Any,
-    at: Any,
-    result: Any,
-    problem: Any,
-) -> None:  # pragma: no cover - compiled
-    """Do for groups from `first` on what `search` does before its starts, for another form.
-
-    Fills importances, [groups, size], the state [groups, len(STATE)], and which groups are plain.
-    """
-    importances, state, plain = problem
-    w = np.empty(shape[0] * _LANES, np.float32)
-    h = np.empty_like(w)
-    ends = np.empty((3, _LANES), np.float32)
-    for g in range(0, len(state), _LANES):
-        _enter(source, energy, shape, first + g, w, h, form, settings, at, result)
-        _see_plain(w, h, ends)
-        for lane in range(min(_LANES, len(state) - g)):
-            row = state[g + lane]
-            row[0], row[1], row[2] = at.low[lane], at.high[lane], at.mean[lane]
-            row[3], row[4] = at.sum_h[lane], at.sum_hw[lane]
-            row[5], row[6] = at.mlx_s[lane], at.mlx_b[lane]
-            row[7], row[8] = at.best[lane], at.allowed[lane]
-            plain[g + lane] = _is_plain(lane, ends, at)
-            for j in range(shape[0]):
-                importances[g + lane, j] = h[j * _LANES + lane]
