@@ -16,19 +16,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from glm_quant.artifact import FileDigest, require_space
+from glm_quant.calibration.hessian import DAMPING, cholesky_factor, importances
 from glm_quant.calibration.observe import WIDEST_GRAM, Observer, Sums, input_name
 from glm_quant.calibration.one_pass import OnePass
-from glm_quant.checkpoint.reader import Checkpoint
-from glm_quant.codes.imatrix import (
-    DAMPING,
+from glm_quant.checkpoint.imatrix import (
     RECORD_NAME,
     TENSORS_NAME,
     CalibratedWeight,
     Imatrix,
     ImatrixRecord,
-    factor_of,
-    usable,
 )
+from glm_quant.checkpoint.reader import Checkpoint
 from glm_quant.errors import OutputError
 from glm_quant.evaluation.divergence import half_of_memory, reference_key
 from glm_quant.evaluation.token_set import TokenSet
@@ -266,7 +264,7 @@ class _Layers(Host):
         weights: dict[str, CalibratedWeight] = {}
         coverage: dict[int, list[int]] = {}
         for path, found in sums.items():
-            energies, thin = usable(found.squares, found.counts, LEAST_TOKENS)
+            energies, thin = importances(found.squares, found.counts, LEAST_TOKENS)
             # What meets the same input shares a tensor.
             name = path.replace(".up_proj", ".gate_proj")
             tensors[name] = energies
@@ -290,7 +288,7 @@ class _Layers(Host):
 
 def _factor(output: Path, path: str, gram: NDArray[np.float64], count: int) -> tuple[str, str]:
     """Write the factor of an input; returns its file and the digest of its values."""
-    factor = factor_of(gram, count)
+    factor = cholesky_factor(gram, count)
     name = f"{_FACTOR}{path}.safetensors"
     save_arrays(output / name, {"factor": factor})
     return name, hashlib.sha256(factor.data).hexdigest()

@@ -19,14 +19,14 @@ from numpy.typing import NDArray
 
 from glm_quant.artifact import FileDigest, publish_file, sha256_file, sync_file
 from glm_quant.calibration.calibrate import LEAST_TOKENS
+from glm_quant.calibration.hessian import importances
 from glm_quant.calibration.observe import input_name
-from glm_quant.codes.imatrix import (
+from glm_quant.checkpoint.imatrix import (
     RECORD_NAME,
     TENSORS_NAME,
     CalibratedWeight,
     Imatrix,
     ImatrixRecord,
-    usable,
 )
 from glm_quant.errors import IntegrityError, OutputError, RecipeError
 from glm_quant.fingerprint import fingerprint
@@ -82,7 +82,7 @@ def read_llama_cpp(file: Path, output: Path) -> ImatrixRecord:
     for path in sorted(found):
         # What meets the same input shares a tensor, where the file has it.
         shared = input_name(path) if input_name(path) in found else path
-        energies, thin = usable(*found[shared], LEAST_TOKENS)
+        energies, thin = importances(*found[shared], LEAST_TOKENS)
         tensors[shared] = energies
         weights[path] = CalibratedWeight(
             tensor=shared,

@@ -17,9 +17,9 @@ from pathlib import Path
 from pydantic import BaseModel, ConfigDict
 
 from glm_quant.artifact import Record
+from glm_quant.checkpoint.imatrix import Imatrix
 from glm_quant.checkpoint.near import NearSource, Walk, nearing
 from glm_quant.checkpoint.reader import Checkpoint
-from glm_quant.codes.imatrix import Imatrix
 from glm_quant.model.geometry import Geometry
 from glm_quant.quantize.ahead import Ahead
 from glm_quant.quantize.assemble import output_config

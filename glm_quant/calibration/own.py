@@ -14,9 +14,9 @@ from glm_quant.artifact import FileDigest, Record
 from glm_quant.calibration.calibrate import VERSION, calibrate
 from glm_quant.calibration.one_pass import LayerError, one_pass
 from glm_quant.calibration.texts import calibration_set, calibration_texts, require_apart
+from glm_quant.checkpoint.imatrix import RECORD_NAME
 from glm_quant.checkpoint.reader import Checkpoint
 from glm_quant.checkpoint.source import FolderSource
-from glm_quant.codes.imatrix import RECORD_NAME
 from glm_quant.errors import RecipeError
 from glm_quant.evaluation.divergence import half_of_memory, reference_beside, reference_key
 from glm_quant.evaluation.perplexity import digest_text

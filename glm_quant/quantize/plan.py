@@ -14,8 +14,8 @@ from pydantic import BaseModel, ConfigDict
 
 from glm_quant.checkpoint import fp8
 from glm_quant.checkpoint.header import ITEM_SIZE
+from glm_quant.checkpoint.imatrix import Energy, Factor, Imatrix, ImatrixRecord
 from glm_quant.checkpoint.reader import Checkpoint
-from glm_quant.codes.imatrix import Energy, Factor, Imatrix, ImatrixRecord
 from glm_quant.codes.scheme import Quantized, Scheme, Stored, TensorLayout, layouts
 from glm_quant.errors import RecipeError
 from glm_quant.model.geometry import Geometry

@@ -10,10 +10,11 @@ import pytest
 
 from glm_quant.calibration import calibrate as calibration
 from glm_quant.calibration.calibrate import calibrate
+from glm_quant.calibration.hessian import cholesky_factor, importances
 from glm_quant.calibration.observe import Listener
 from glm_quant.calibration.texts import package_code
+from glm_quant.checkpoint.imatrix import Imatrix, ImatrixRecord
 from glm_quant.checkpoint.reader import Checkpoint
-from glm_quant.codes.imatrix import Imatrix, ImatrixRecord, factor_of, usable
 from glm_quant.errors import IntegrityError, OutputError, RecipeError
 from glm_quant.quantize.command import convert_to_folder, open_conversion
 from glm_quant.quantize.verify import verify
@@ -69,7 +70,9 @@ def test_energies_are_those_of_the_inputs(source: Checkpoint, text: Path, folder
     imatrix = Imatrix.open(folder)
     for path, parts in (("mlp.down_proj", seen["down"]), ("self_attn.o_proj", seen["out"])):
         met = np.concatenate([part.reshape(-1, part.shape[-1]) for part in parts])
-        expected, _ = usable((met.astype(np.float64) ** 2).sum(0)[None], np.array([len(met)]), 1)
+        expected, _ = importances(
+            (met.astype(np.float64) ** 2).sum(0)[None], np.array([len(met)]), 1
+        )
         energy = imatrix.energy(f"model.layers.0.{path}")
         assert energy is not None
         found = energy.of_rows(0, 1, 64)
@@ -110,7 +113,7 @@ def test_interrupted_pass_goes_on(
 def test_thin_units_have_the_mean_of_all() -> None:
     """Of three experts one met nothing: it gets the tokens' mean; all rows have mean 1."""
     sums = np.array([[40.0, 120.0], [0.0, 0.0], [10.0, 0.0]])
-    energies, thin = usable(sums, np.array([40, 0, 40]), 32)
+    energies, thin = importances(sums, np.array([40, 0, 40]), 32)
     assert thin == 1
     np.testing.assert_allclose(energies[0], [0.5, 1.5])
     np.testing.assert_allclose(energies[1], [2 * 50 / 170, 2 * 120 / 170])
@@ -166,7 +169,7 @@ def test_factors_come_from_the_inputs(source: Checkpoint, text: Path, factors: P
     imatrix = Imatrix.open(factors)
     factor = imatrix.factor("model.layers.0.self_attn.o_proj")
     assert factor is not None
-    expected = factor_of(met.T @ met, len(met))
+    expected = cholesky_factor(met.T @ met, len(met))
     np.testing.assert_allclose(factor.load(), expected, atol=1e-3 * np.abs(expected).max())
     for path, other in (("mlp.switch_mlp.up_proj", "gate_proj"), ("mlp.gate_proj", "up_proj")):
         index = 3 if "switch" in path else 0

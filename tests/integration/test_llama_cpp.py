@@ -11,8 +11,8 @@ from flows.cli.main import app
 from glm_quant.calibration.calibrate import calibrate
 from glm_quant.calibration.llama_cpp import read_llama_cpp, write_llama_cpp
 from glm_quant.calibration.texts import package_code
+from glm_quant.checkpoint.imatrix import Imatrix
 from glm_quant.checkpoint.reader import Checkpoint
-from glm_quant.codes.imatrix import Imatrix
 from glm_quant.errors import IntegrityError, OutputError, RecipeError
 from glm_quant.testbed import tiny_glm_path
 

@@ -8,10 +8,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from glm_quant.calibration.hessian import DAMPING, cholesky_factor
 from glm_quant.codes import gptq
 from glm_quant.codes.affine import from_float32, to_float32
 from glm_quant.codes.gptq import quantize_gptq
-from glm_quant.codes.imatrix import DAMPING, factor_of
 from glm_quant.codes.search import quantize_search
 
 WIDTH, ROWS = 128, 48
@@ -40,7 +40,7 @@ def test_output_error_falls(layer: tuple[np.ndarray, np.ndarray], bits: int) -> 
     stored = from_float32(weights, "BF16")
     exact = to_float32(stored, "BF16")
     seen, unseen = inputs[:1000], inputs[1000:]
-    factor = factor_of(seen.T @ seen, len(seen))
+    factor = cholesky_factor(seen.T @ seen, len(seen))
     errors = [
         np.square(unseen @ (expanded(made, bits) - exact).T).sum()
         for made in (
@@ -69,7 +69,7 @@ def test_codes_are_those_of_the_formula(layer: tuple[np.ndarray, np.ndarray], bi
     """Under the scales that were chosen, nearly every code is GPTQ's own, column by column."""
     weights, inputs = layer
     stored = from_float32(weights, "BF16")
-    factor = factor_of(inputs.T @ inputs, len(inputs))
+    factor = cholesky_factor(inputs.T @ inputs, len(inputs))
     made = quantize_gptq(stored, "BF16", bits, 64, factor)
     expected = by_hand(to_float32(stored, "BF16"), made, factor, bits)
     # A tie that float32 and float64 round apart changes what follows it in its row.
@@ -83,7 +83,7 @@ def test_inputs_that_do_not_move_together_give_nearest_codes(
     """With H = 1 no column tells anything of another: each code is the nearest, for less error."""
     stored = from_float32(layer[0], "BF16")
     exact = to_float32(stored, "BF16")
-    made = quantize_gptq(stored, "BF16", 2, 64, factor_of(np.eye(WIDTH), 1))
+    made = quantize_gptq(stored, "BF16", 2, 64, cholesky_factor(np.eye(WIDTH), 1))
     ours = expanded(made, 2)
     scales, biases = (np.repeat(to_float32(part, "BF16"), 64, 1) for part in made[1:])
     every = scales[..., None] * np.arange(4) + biases[..., None]
@@ -100,7 +100,7 @@ def test_refined_grids_cost_the_output_less(
     weights, inputs = layer
     stored = from_float32(weights, "BF16")
     exact = to_float32(stored, "BF16")
-    factor = factor_of(inputs[:1000].T @ inputs[:1000], 1000)
+    factor = cholesky_factor(inputs[:1000].T @ inputs[:1000], 1000)
     unseen = inputs[1000:] @ exact.T
     found: dict[bool, tuple[float, float]] = {}
     for refined in (True, False):
@@ -117,7 +117,7 @@ def test_a_grid_is_never_worse_than_the_one_to_begin_with() -> None:
     """Wherever it begins, even in float16 near its end, and for weights of one value."""
     rng = np.random.default_rng(5)
     inputs = rng.normal(size=(300, 64)) @ rng.normal(size=(64, 64))
-    factor = factor_of(inputs.T @ inputs, 300)
+    factor = cholesky_factor(inputs.T @ inputs, 300)
     for scale in (1e-4, 1.0, 3e4):
         values = rng.normal(0, scale, (32, 64)).clip(-6e4, 6e4).astype(np.float32)
         values[0] = scale
@@ -149,7 +149,7 @@ def test_rows_do_not_depend_on_their_neighbours(
     units = 2
     stored = from_float32(rng.standard_t(4, (units * rows, 64)).astype(np.float32), "BF16")
     inputs = rng.normal(size=(200, 64)) @ rng.normal(size=(64, 64))
-    factor = factor_of(inputs.T @ inputs, len(inputs))
+    factor = cholesky_factor(inputs.T @ inputs, len(inputs))
     energy = rng.uniform(0.5, 2, (units, 64)).astype(np.float32) if loud else None
     whole = quantize_gptq(stored, "BF16", bits, 32, factor, energy)
     for unit in range(units):
@@ -193,18 +193,18 @@ def test_degenerate_groups(layer: tuple[np.ndarray, np.ndarray]) -> None:
     """Zero and constant rows come out exact and finite; nothing seen at all is `search`."""
     stored = from_float32(np.full((4, WIDTH), 0.5, np.float32), "BF16")
     stored[1] = 0
-    factor = factor_of(layer[1].T @ layer[1], len(layer[1]))
+    factor = cholesky_factor(layer[1].T @ layer[1], len(layer[1]))
     np.testing.assert_array_equal(
         expanded(quantize_gptq(stored, "BF16", 2, 64, factor), 2), to_float32(stored, "BF16")
     )
-    np.testing.assert_array_equal(factor_of(np.zeros((4, 4)), 0), np.eye(4, dtype=np.float32))
+    np.testing.assert_array_equal(cholesky_factor(np.zeros((4, 4)), 0), np.eye(4, dtype=np.float32))
 
 
 def test_factor_is_that_of_the_inverse() -> None:
     """Uᵀ·U is the inverse of H with its share of the mean diagonal."""
     rng = np.random.default_rng(1)
     inputs = rng.normal(size=(50, 16)) * rng.uniform(0.1, 3, 16)
-    factor = factor_of(inputs.T @ inputs, 50).astype(np.float64)
+    factor = cholesky_factor(inputs.T @ inputs, 50).astype(np.float64)
     damped = inputs.T @ inputs / 50
     damped += DAMPING * np.trace(damped) / 16 * np.eye(16)
     assert np.allclose(factor, np.triu(factor))

@@ -1,11 +1,11 @@
-"""The importance matrix: how loud the inputs are that each column of a weight meets, E[x²].
+"""The importance matrix on disk: E[x²] of the inputs that each column of a weight meets.
 
-`glm-quant calibrate` makes it, `search` weighs errors by it. A folder holds `imatrix.safetensors`
+`glm-quant calibrate` writes it, `search` weighs errors by it. A folder holds `imatrix.safetensors`
 and its record. A tensor is [units, width], one row for each expert (or head) of a weight, ready to
-use: of mean 1 in each row, with no column so quiet that its error would be free. With `--factors`
-it holds what `gptq` needs too: a file for each input of each layer. What a reader would get wrong:
-a recipe names a folder, but fingerprints hold the digests of what each weight uses itself, so
-another calibration remakes just the shards that it changes.
+use: of mean 1 in each row, with no column so small that its error would cost nothing. With
+`--factors` it also holds what `gptq` needs, a file for each input of each layer. A recipe names a
+folder, but fingerprints hold the digests of what each weight uses itself, so another calibration
+remakes only the shards that it changes.
 """
 
 import hashlib
@@ -27,11 +27,6 @@ from glm_quant.errors import IntegrityError, RecipeError
 
 TENSORS_NAME = "imatrix.safetensors"
 RECORD_NAME = "imatrix.json"
-
-# Share of H's mean diagonal that is added to it; 0.01, 0.1 and 0.5 gave nearly the same KL.
-DAMPING = 0.1
-# Below this share of a row's median an input is as quiet as a column can be.
-_FLOOR = 1e-4
 
 
 class CalibratedWeight(BaseModel):
@@ -171,49 +166,6 @@ class Imatrix:
         if known is None or known.factor is None or known.factor_sha256 is None:
             return None
         return Factor(self.folder / known.factor, known.factor_sha256)
-
-
-def factor_of(gram: NDArray[np.float64], count: int) -> NDArray[np.float32]:
-    """Return the upper Cholesky factor U of a damped H⁻¹ = Uᵀ·U.
-
-    Args:
-        gram: Σx xᵀ, [width, width].
-        count: of how many tokens.
-
-    Raises:
-        numpy.linalg.LinAlgError: never for what is a sum of x xᵀ, since it is damped.
-    """
-    size = float(np.trace(gram)) / len(gram)
-    if size <= 0:  # nothing was seen: no column tells anything of another
-        return np.eye(len(gram), dtype=np.float32)
-    damped = gram / max(count, 1)
-    damped[np.diag_indices_from(damped)] += DAMPING * size / max(count, 1)
-    return np.ascontiguousarray(np.linalg.cholesky(np.linalg.inv(damped)).T.astype(np.float32))
-
-
-def usable(
-    sums: NDArray[np.float64], counts: NDArray[np.int64], least: int
-) -> tuple[NDArray[np.float32], int]:
-    """Turn sums of squares into energies.
-
-    Args:
-        sums: Σx² over the tokens that each unit met, [units, width].
-        counts: how many tokens these were, [units].
-        least: a unit that met fewer has the mean of all tokens of all units.
-
-    Returns:
-        Energies [units, width], and how many units were thin.
-    """
-    thin = counts < least
-    energies = np.empty(sums.shape, np.float64)
-    energies[~thin] = sums[~thin] / counts[~thin, None]
-    energies[thin] = sums.sum(axis=0) / max(int(counts.sum()), 1)
-    silent = energies.max(axis=1) <= 0  # nothing was seen at all
-    energies[silent] = 1
-    floor = np.maximum(np.median(energies, axis=1), energies.mean(axis=1)) * _FLOOR
-    energies = np.maximum(energies, floor[:, None])
-    energies /= energies.mean(axis=1, keepdims=True)
-    return energies.astype(np.float32), int(thin.sum())
 
 
 @lru_cache(maxsize=2)
