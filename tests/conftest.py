@@ -29,9 +29,9 @@ from glm_quant.quantize.assemble import assemble
 from glm_quant.quantize.convert import Conversion
 from glm_quant.quantize.plan import Plan, make_plan
 from glm_quant.recipe import Recipe, load_recipe
-from glm_quant.testbed.synthetic import small_config, write_checkpoint
 from glm_quant.workspace import Workspace
 from tests.plain import PLAIN
+from tests.synthetic import small_config, write_checkpoint
 
 # Tests hold float32 results against float32 references.
 require_float32()

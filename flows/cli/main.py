@@ -51,7 +51,7 @@ def demo(
     as_json: Json = False,
 ) -> None:
     """Take the small trained checkpoint that ships through every stage to a published build."""
-    from glm_quant.testbed import tiny_glm_path
+    from glm_quant.data import tiny_glm_path
 
     source, yardstick = str(tiny_glm_path()), "uniform-4bit"
     baseline = Workspace(workspace).baselines / yardstick

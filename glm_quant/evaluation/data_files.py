@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
+from glm_quant.data import items_path
 from glm_quant.errors import RecipeError
-from glm_quant.testbed import items_path
 
 _SHIPPED = "shipped:"
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from glm_quant import __version__
 from glm_quant.artifact import Record, sha256_file
+from glm_quant.data import held_out_text
 from glm_quant.errors import EvaluationError, RecipeError
 from glm_quant.evaluation.baselines import Baseline, build_identity, open_baseline
 from glm_quant.evaluation.data_files import data_file
@@ -17,7 +18,6 @@ from glm_quant.evaluation.records import BaselineMeasurements, EvaluationRecord,
 from glm_quant.evaluation.request import Request
 from glm_quant.fingerprint import Canonical, fingerprint
 from glm_quant.settings import EvaluationSettings
-from glm_quant.testbed import held_out_text
 
 # Raise it when a measurement changes its meaning: records made before are then made anew.
 VERSION = 2

@@ -1,19 +1,19 @@
 """Needle in a text: one fact hidden in a long prompt, to be found at every length and depth.
 
-The prompts are the testbed's, through the build's own chat template, and the reply is greedy, after
-as much thinking as the recipe allows. What a reader would get wrong: below `index_topk` tokens
-every key is attended to, so only longer prompts say anything about the indexer.
+Prompts go through the build's own chat template, and the reply is greedy, after as much thinking as
+the recipe allows. Below `index_topk` tokens every key is attended to, so only longer prompts say
+anything about the indexer.
 """
 
 from collections.abc import Callable
 from typing import Any
 
 from glm_quant.errors import EvaluationError
+from glm_quant.evaluation.needle_prompts import PHRASINGS, build_needle_prompt, is_retrieved
 from glm_quant.evaluation.perplexity import digest_text
 from glm_quant.evaluation.records import Needle, NeedleTrial
 from glm_quant.evaluation.replies import answer_of, chat_ids, greedy
 from glm_quant.settings import EvaluationSettings
-from glm_quant.testbed.needle import PHRASINGS, build_needle_prompt, is_retrieved
 
 _REPLY_TOKENS = 24
 _DISTRACTORS = 1

@@ -20,12 +20,12 @@ from numpy.typing import NDArray
 from pydantic import TypeAdapter, ValidationError
 
 from glm_quant.checkpoint.reader import Checkpoint
+from glm_quant.data import held_out_text
 from glm_quant.errors import RecipeError
 from glm_quant.evaluation.divergence_record import SliceFacts
 from glm_quant.evaluation.perplexity import digest_text
 from glm_quant.quantize.assemble import COMPANIONS
 from glm_quant.settings import BUILT_IN_SLICES, TokenSettings
-from glm_quant.testbed import held_out_text
 
 _CHATS = TypeAdapter(list[list[dict[str, str]]])
 

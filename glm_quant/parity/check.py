@@ -9,6 +9,7 @@ from pydantic import BaseModel, ConfigDict
 
 from glm_quant.checkpoint.reader import Checkpoint
 from glm_quant.checkpoint.spool import local_folder, spooled
+from glm_quant.data import held_out_text
 from glm_quant.errors import ParityError
 from glm_quant.model.precision import require_float32
 from glm_quant.parity.measures import Array, kl_divergence, top1_agreement
@@ -16,7 +17,6 @@ from glm_quant.parity.reference import require_reference
 from glm_quant.parity.stream import LayerParity, stream
 from glm_quant.parity.whole import LogitParity, whole_logits
 from glm_quant.recipe import ParitySettings
-from glm_quant.testbed import held_out_text
 
 log = logging.getLogger(__name__)
 

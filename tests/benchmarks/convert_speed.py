@@ -23,9 +23,9 @@ import mlx.core as mx
 import numpy as np
 
 from glm_quant.codes.affine import quantize_affine
-from glm_quant.testbed import tiny_glm_path
-from glm_quant.testbed.synthetic import real_config, write_checkpoint
+from glm_quant.data import tiny_glm_path
 from tests.benchmarks.measuring import measure
+from tests.synthetic import real_config, write_checkpoint
 
 OURS = "from flows.cli.main import main; main()"
 THEIRS = (

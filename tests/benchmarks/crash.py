@@ -22,9 +22,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from glm_quant.testbed.synthetic import small_config, write_checkpoint
 from tests.benchmarks.forks import Forks, Moment, Run, Step
 from tests.hub_server import HubServer
+from tests.synthetic import small_config, write_checkpoint
 
 REPO = "org/crash"
 HEAD_RANGE = "bytes=0-262143"  # the header, which every run reads

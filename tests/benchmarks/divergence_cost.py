@@ -25,7 +25,7 @@ from glm_quant.model.geometry import Geometry
 from glm_quant.streaming.forward import stream_states
 from glm_quant.streaming.memory_plan import disk_bytes, plan_memory
 from glm_quant.streaming.weights import SourceWeights
-from glm_quant.testbed.synthetic import real_config, write_checkpoint
+from tests.synthetic import real_config, write_checkpoint
 
 LAYERS = 3
 

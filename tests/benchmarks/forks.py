@@ -236,7 +236,7 @@ def _warm() -> None:
     from typer.testing import CliRunner
 
     from flows.cli.main import app
-    from glm_quant.testbed.synthetic import small_config, write_checkpoint
+    from tests.synthetic import small_config, write_checkpoint
 
     for module in ("flows.cli.terminal", "glm_quant.hub.pin", "glm_quant.model.glm_moe_dsa"):
         importlib.import_module(module)

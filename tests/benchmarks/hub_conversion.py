@@ -22,8 +22,9 @@ from typing import Any
 import numpy as np
 
 from glm_quant.checkpoint.index import INDEX_NAME
+from glm_quant.data import tiny_glm_path
 from glm_quant.model.geometry import Geometry
-from glm_quant.testbed import synthetic, tiny_glm_path
+from tests import synthetic
 from tests.benchmarks.measuring import PROGRAM, measure
 from tests.hub_server import Content, HubServer
 

@@ -17,7 +17,7 @@ from pathlib import Path
 import httpx
 
 from glm_quant.build import BuildSpec, open_build
-from glm_quant.testbed import tiny_glm_path
+from glm_quant.data import tiny_glm_path
 from tests.e2e.command_line import CommandLine
 from tests.e2e.conftest import QUICK
 from tests.e2e.service import Server

@@ -20,7 +20,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from glm_quant.build import BuildSpec
-from glm_quant.testbed import tiny_glm_path
+from glm_quant.data import tiny_glm_path
 from tests.benchmarks.prefect_share import cut_into
 from tests.e2e.command_line import CommandLine
 from tests.e2e.service import Server

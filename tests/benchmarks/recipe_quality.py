@@ -15,13 +15,13 @@ from pathlib import Path
 
 from glm_quant.calibration.command import open_calibrated
 from glm_quant.checkpoint.reader import Checkpoint
+from glm_quant.data import tiny_glm_path
 from glm_quant.evaluation.divergence import build_folder, divergence
 from glm_quant.evaluation.divergence_beside import compare_divergence
 from glm_quant.evaluation.divergence_record import DivergenceRecord
 from glm_quant.evaluation.token_set import make_token_set
 from glm_quant.quantize.command import convert_to_folder
 from glm_quant.recipe import DivergenceSettings
-from glm_quant.testbed import tiny_glm_path
 from tests.benchmarks.search_quality import Quiet
 
 

@@ -15,9 +15,9 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from glm_quant.testbed.synthetic import real_config, write_checkpoint
 from tests.benchmarks.measuring import PROGRAM, measure
 from tests.hub_server import HubServer
+from tests.synthetic import real_config, write_checkpoint
 
 
 def asked_bytes(hub: HubServer, since: int) -> int:

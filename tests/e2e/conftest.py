@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from glm_quant.testbed import tiny_glm_path
+from glm_quant.data import tiny_glm_path
 from tests.e2e.command_line import CommandLine
 from tests.e2e.service import Server, Service
 from tests.hub_server import HubServer

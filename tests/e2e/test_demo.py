@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 from glm_quant.artifact import sha256_file
+from glm_quant.data import tiny_glm_path
 from glm_quant.recipe import load_recipe
-from glm_quant.testbed import tiny_glm_path
 from glm_quant.workspace import Workspace
 from tests.card_numbers import unexplained
 from tests.e2e.command_line import CommandLine

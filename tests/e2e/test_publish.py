@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from glm_quant.artifact import sha256_file
-from glm_quant.testbed import tiny_glm_path
+from glm_quant.data import tiny_glm_path
 from tests.e2e.command_line import CommandLine
 from tests.hub_server import Fault, HubServer
 from tests.s3_server import KEYS, connect

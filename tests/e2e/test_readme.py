@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from glm_quant.testbed import held_out_text, tiny_glm_path
+from glm_quant.data import held_out_text, tiny_glm_path
 from tests.e2e.command_line import CommandLine
 
 ROOT = Path(__file__).parents[2]

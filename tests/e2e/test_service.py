@@ -18,7 +18,7 @@ from huggingface_hub import snapshot_download
 
 from deployments.automations import silent_runs
 from deployments.restarts import is_flow_process
-from glm_quant.testbed import tiny_glm_path
+from glm_quant.data import tiny_glm_path
 from tests.e2e.conftest import AWS_SECRET, BUCKET, HUB_TOKEN, UPSTREAM
 from tests.e2e.service import Service, wait_for
 from tests.e2e.test_demo import digests

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from glm_quant.testbed import tiny_glm_path
+from glm_quant.data import tiny_glm_path
 from tests.e2e.command_line import CommandLine
 from tests.e2e.conftest import BUCKET
 from tests.e2e.service import kill, wait_for

@@ -15,11 +15,11 @@ from glm_quant.calibration.observe import Listener
 from glm_quant.calibration.texts import package_code
 from glm_quant.checkpoint.imatrix import Imatrix, ImatrixRecord
 from glm_quant.checkpoint.reader import Checkpoint
+from glm_quant.data import tiny_glm_path
 from glm_quant.errors import IntegrityError, OutputError, RecipeError
 from glm_quant.quantize.command import convert_to_folder, open_conversion
 from glm_quant.quantize.verify import verify
 from glm_quant.streaming.weights import SourceWeights
-from glm_quant.testbed import tiny_glm_path
 
 TOKENS, CONTEXT = 192, 96  # past index_topk, in two sequences
 

@@ -19,14 +19,14 @@ from mlx_lm.utils import quantize_model
 
 from glm_quant.checkpoint.reader import Checkpoint
 from glm_quant.codes import encode
+from glm_quant.data import tiny_glm_path
 from glm_quant.model.glm_moe_dsa import Model, ModelArgs
 from glm_quant.quantize import ledger
 from glm_quant.quantize.jobs import Job, make_jobs
 from glm_quant.quantize.plan import Plan
 from glm_quant.quantize.verify import verify
 from glm_quant.recipe import Recipe, load_recipe, parse_recipe
-from glm_quant.testbed import tiny_glm_path
-from glm_quant.testbed.synthetic import small_config, write_checkpoint
+from tests.synthetic import small_config, write_checkpoint
 
 from ..conftest import Made, with_quantizer
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from glm_quant.testbed import tiny_glm_path
+from glm_quant.data import tiny_glm_path
 from glm_quant.workspace import workspace_beside
 from tests.benchmarks.crash import REPO, contents, crash, write_source
 from tests.benchmarks.forks import Forks, Run

@@ -10,6 +10,7 @@ import pytest
 from mlx_lm import load
 
 from glm_quant.checkpoint.reader import Checkpoint
+from glm_quant.data import tiny_glm_path
 from glm_quant.errors import CheckpointError, EvaluationError, IntegrityError, RecipeError
 from glm_quant.evaluation import divergence as module
 from glm_quant.evaluation.divergence import build_folder, check_bounds, divergence
@@ -27,7 +28,6 @@ from glm_quant.streaming.activations import load_arrays
 from glm_quant.streaming.forward import stream_states
 from glm_quant.streaming.memory_plan import plan_memory
 from glm_quant.streaming.weights import BuildWeights, SourceWeights
-from glm_quant.testbed import tiny_glm_path
 from tests.hub_server import HubServer
 from tests.plain import PLAIN
 

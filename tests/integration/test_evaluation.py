@@ -13,6 +13,7 @@ import mlx.core as mx
 import pytest
 from mlx_lm import load
 
+from glm_quant.data import held_out_text, tiny_glm_path
 from glm_quant.errors import EvaluationError, RecipeError
 from glm_quant.evaluation import evaluate as module
 from glm_quant.evaluation.baselines import open_baseline
@@ -23,7 +24,6 @@ from glm_quant.evaluation.request import Request
 from glm_quant.fingerprint import fingerprint
 from glm_quant.recipe import load_recipe
 from glm_quant.settings import Bound, CoherenceSettings, EvaluationSettings
-from glm_quant.testbed import held_out_text, tiny_glm_path
 from tests.plain import PLAIN
 
 SETTINGS = EvaluationSettings(

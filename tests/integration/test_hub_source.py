@@ -19,15 +19,15 @@ import pytest
 from huggingface_hub import snapshot_download
 
 from glm_quant.checkpoint.reader import Checkpoint
+from glm_quant.data import tiny_glm_path
 from glm_quant.errors import SourceError
 from glm_quant.hub.huggingface import HubSource
 from glm_quant.hub.retry import Patience
 from glm_quant.quantize.verify import verify
 from glm_quant.recipe import Recipe
-from glm_quant.testbed import tiny_glm_path
-from glm_quant.testbed.synthetic import small_config, write_checkpoint
 from tests.hub_server import Content, Fault, HubServer
 from tests.plain import PLAIN
+from tests.synthetic import small_config, write_checkpoint
 
 QUICK = Patience(tries=5, first_seconds=0.01, longest_seconds=0.05)
 SECONDS = httpx2.Timeout(0.6)

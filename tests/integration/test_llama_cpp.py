@@ -13,8 +13,8 @@ from glm_quant.calibration.llama_cpp import read_llama_cpp, write_llama_cpp
 from glm_quant.calibration.texts import package_code
 from glm_quant.checkpoint.imatrix import Imatrix
 from glm_quant.checkpoint.reader import Checkpoint
+from glm_quant.data import tiny_glm_path
 from glm_quant.errors import IntegrityError, OutputError, RecipeError
-from glm_quant.testbed import tiny_glm_path
 
 WIDTH, EXPERTS = 64, 12
 

@@ -15,6 +15,7 @@ from glm_quant.build import Build, BuildSpec
 from glm_quant.calibration.own import imatrix_folder
 from glm_quant.calibration.texts import calibration_set
 from glm_quant.checkpoint.index import INDEX_NAME
+from glm_quant.data import tiny_glm_path
 from glm_quant.errors import WeightError
 from glm_quant.stages.making import (
     AssembleStage,
@@ -24,7 +25,6 @@ from glm_quant.stages.making import (
     plan_figures,
 )
 from glm_quant.streaming.weights import BuildWeights, SourceWeights, Weights
-from glm_quant.testbed import tiny_glm_path
 from tests.hub_server import HubServer
 from tests.plain import PLAIN
 

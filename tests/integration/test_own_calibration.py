@@ -10,6 +10,7 @@ from flows.cli.main import app
 from glm_quant.build import Build, BuildSpec
 from glm_quant.calibration.own import CalibrationRecord, imatrix_folder, record_path
 from glm_quant.calibration.texts import calibration_texts
+from glm_quant.data import held_out_text, tiny_glm_path
 from glm_quant.errors import IntegrityError, RecipeError, RunError
 from glm_quant.evaluation.divergence import reference_beside
 from glm_quant.evaluation.token_set import make_token_set, read_texts
@@ -20,7 +21,6 @@ from glm_quant.settings import CalibrationSettings, DivergenceSettings
 from glm_quant.stages.making import CalibrateStage, PlanStage, QuantizeStage
 from glm_quant.streaming.forward import stream_together
 from glm_quant.streaming.weights import SourceWeights
-from glm_quant.testbed import held_out_text, tiny_glm_path
 from tests.plain import PLAIN
 
 RECIPE = Path(PLAIN).read_text().replace("quantizer: search", "quantizer: gptq")

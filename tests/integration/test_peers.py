@@ -11,6 +11,7 @@ import pytest
 from mlx_lm import load
 from mlx_lm import perplexity as perplexity_command
 
+from glm_quant.data import held_out_text, tiny_glm_path
 from glm_quant.errors import EvaluationError, RecipeError
 from glm_quant.evaluation import harness as our_harness
 from glm_quant.evaluation.evaluate import evaluate, require_measurable
@@ -25,7 +26,6 @@ from glm_quant.settings import (
     PeerPerplexitySettings,
     TextDatasetSettings,
 )
-from glm_quant.testbed import held_out_text, tiny_glm_path
 from tests.conftest import with_quantizer
 from tests.hub_server import HubServer
 from tests.hub_server.content import Content

@@ -19,9 +19,9 @@ from glm_quant.quantize.command import (
     open_conversion,
     workspace_beside,
 )
-from glm_quant.testbed.synthetic import small_config, write_checkpoint
 from glm_quant.workspace import Workspace
 from tests.hub_server import HubServer
+from tests.synthetic import small_config, write_checkpoint
 
 REPO = "org/moving"
 

@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 import pytest
 
 from glm_quant.build import BuildSpec, open_build
+from glm_quant.data import tiny_glm_path
 from glm_quant.errors import EvaluationError, SourceError
 from glm_quant.evaluation.process import run_apart
 from glm_quant.model.precision import users_environment
@@ -16,7 +17,6 @@ from glm_quant.settings import DivergenceSettings
 from glm_quant.stages.divergence_worker import DivergenceRequest
 from glm_quant.stages.making import AssembleStage, PlanStage, QuantizeStage
 from glm_quant.stages.proving import DivergenceStage
-from glm_quant.testbed import tiny_glm_path
 from tests.switch_worker import Answer
 
 RECIPE = """\

@@ -16,8 +16,8 @@ from glm_quant.errors import CheckpointError, MissingTensorError, ShapeError, We
 from glm_quant.quantize.plan import make_plan
 from glm_quant.quantize.verify import verify
 from glm_quant.recipe import Recipe
-from glm_quant.testbed.synthetic import small_config, write_checkpoint
 from tests.conftest import Edit, Made
+from tests.synthetic import small_config, write_checkpoint
 
 FP8 = {"quant_method": "fp8", "weight_block_size": [128, 128]}
 

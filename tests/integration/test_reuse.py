@@ -9,8 +9,8 @@ from glm_quant.errors import IntegrityError
 from glm_quant.quantize import worker
 from glm_quant.quantize.convert import Conversion
 from glm_quant.recipe import Recipe, Rule
-from glm_quant.testbed.synthetic import small_config, write_checkpoint
 from tests.conftest import Made
+from tests.synthetic import small_config, write_checkpoint
 
 Prepare = Callable[..., Made]
 

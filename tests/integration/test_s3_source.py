@@ -13,10 +13,10 @@ from typing import Any
 
 import pytest
 
+from glm_quant.data import tiny_glm_path
 from glm_quant.errors import SourceError
 from glm_quant.hub.retry import Patience
 from glm_quant.hub.s3 import S3Source, parse_s3_uri
-from glm_quant.testbed import tiny_glm_path
 from tests.hub_server.proxy import Proxy, Spoil
 from tests.plain import PLAIN
 from tests.s3_server import KEYS, connect

@@ -7,13 +7,13 @@ import mlx.core as mx
 import pytest
 from mlx_lm import load
 
+from glm_quant.data import held_out_text, tiny_glm_path
 from glm_quant.errors import EvaluationError
 from glm_quant.evaluation.needle import measure_needle
 from glm_quant.evaluation.records import Needle
 from glm_quant.evaluation.replies import answer_of, chat_ids
 from glm_quant.recipe import load_recipe
 from glm_quant.settings import EvaluationSettings
-from glm_quant.testbed import held_out_text, tiny_glm_path
 
 
 @pytest.fixture(scope="module")

@@ -15,8 +15,8 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from glm_quant import testbed
 from glm_quant.checkpoint.reader import Checkpoint
+from glm_quant.data import tiny_glm_path
 from glm_quant.model import glm_moe_dsa
 from glm_quant.parity.candidate import load_unquantized, logits_of, to_numpy
 from glm_quant.parity.measures import relative_error
@@ -26,7 +26,7 @@ from glm_quant.parity.whole import reference_outcomes, whole_logits
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
-TINY = Path(next(iter(testbed.__path__))) / "tiny-glm"
+TINY = tiny_glm_path()
 
 # Issue 3: max |Δlogit| relative to the logits' scale in float32, at every position.
 BOUND = 2e-5

@@ -23,12 +23,12 @@ import pytest
 from mlx.utils import tree_flatten
 from mlx_lm.utils import load_tokenizer
 
-from glm_quant import testbed
+from glm_quant.data import tiny_glm_path
 from glm_quant.model import glm_moe_dsa as runtime
 
 pytestmark = pytest.mark.slow
 
-TINY = Path(next(iter(testbed.__path__))) / "tiny-glm"
+TINY = tiny_glm_path()
 TOOL_CALL = (
     "</think><tool_call>find<arg_key>name</arg_key><arg_value>Stoat</arg_value></tool_call>"
     "<|observation|>"
@@ -190,7 +190,7 @@ def test_evaluate_prefers_text_to_noise(stock: Path, build: Path, tmp_path: Path
 
 
 def test_perplexity_is_that_of_a_trained_model(stock: Path, build: Path, tmp_path: Path) -> None:
-    """mlx_lm.perplexity's own measure on the testbed's held-out text, far below uniform (1,280)."""
+    """mlx_lm.perplexity's measure on the held-out text that ships, far below uniform (1,280)."""
     code = (
         "import mlx.core as mx; from mlx_lm import load; from mlx_lm.perplexity import eval_ppl;"
         f"model, tok = load({str(build)!r}, trust_remote_code=True);"

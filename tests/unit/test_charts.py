@@ -15,7 +15,7 @@ from glm_quant.report.charts import DARK, LIGHT, Chart, Theme, render
 from glm_quant.report.memory import memory_needs
 from glm_quant.report.quality_charts import Point, bits_chart, layers_chart, needle_chart
 from glm_quant.report.size_charts import footprint_chart, memory_chart, recipe_chart
-from glm_quant.testbed.synthetic import small_config
+from tests.synthetic import small_config
 
 
 @pytest.fixture(scope="module")

@@ -10,6 +10,7 @@ import pytest
 
 from glm_quant.artifact import FileDigest
 from glm_quant.build import Build, BuildSpec
+from glm_quant.data import tiny_glm_path
 from glm_quant.errors import IntegrityError, PublishError
 from glm_quant.evaluation.compare import Positions
 from glm_quant.evaluation.divergence_record import DivergenceRecord, PassFacts, make_rows
@@ -32,7 +33,6 @@ from glm_quant.stages.proving import (
 )
 from glm_quant.stages.publishing import PublishStage, early_targets
 from glm_quant.stages.releasing import CardRecord, CardStage
-from glm_quant.testbed import tiny_glm_path
 from tests.card_records import EPYC
 
 RECIPE = """\

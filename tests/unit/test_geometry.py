@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from glm_quant.checkpoint.reader import Checkpoint
 from glm_quant.errors import CheckpointError
 from glm_quant.model.geometry import Geometry
-from glm_quant.testbed.synthetic import small_config
+from tests.synthetic import small_config
 
 
 def test_release_has_exactly_these_tensors(release: Path) -> None:

@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 
+from dev.make_items import FILES, as_lines
+from glm_quant.data import held_out_text, items_path
 from glm_quant.errors import RecipeError
 from glm_quant.evaluation.data_files import data_file
-from glm_quant.testbed import held_out_text, items_path
-from glm_quant.testbed.make_items import FILES, as_lines
 
 
 @pytest.mark.parametrize(("name", "make"), FILES.items())

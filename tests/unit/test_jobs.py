@@ -13,7 +13,7 @@ from glm_quant.model.restructure import OutputWeight
 from glm_quant.quantize.jobs import by_source_shard, make_jobs
 from glm_quant.quantize.plan import make_plan
 from glm_quant.recipe import load_recipe
-from glm_quant.testbed.synthetic import small_config
+from tests.synthetic import small_config
 
 
 @pytest.mark.parametrize("block", [1, 1000, 1 << 24])

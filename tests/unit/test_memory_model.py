@@ -20,7 +20,7 @@ from glm_quant.report.memory import (
     memory_need,
     memory_needs,
 )
-from glm_quant.testbed.synthetic import small_config
+from tests.synthetic import small_config
 
 WEIGHTS = 237_885_660_672  # dynamic-2.56bpw
 

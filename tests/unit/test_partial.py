@@ -15,7 +15,7 @@ from glm_quant.quantize.journal import Entry, Piece
 from glm_quant.quantize.partial import PartialOutputs
 from glm_quant.quantize.plan import Plan, PlannedTensor, make_plan
 from glm_quant.recipe import Recipe
-from glm_quant.testbed.synthetic import small_config
+from tests.synthetic import small_config
 
 
 @pytest.fixture

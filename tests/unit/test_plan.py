@@ -18,7 +18,7 @@ from glm_quant.quantize.jobs import Job, make_jobs
 from glm_quant.quantize.plan import Plan, make_plan
 from glm_quant.quantize.schedule import Schedule
 from glm_quant.recipe import load_recipe
-from glm_quant.testbed.synthetic import small_config
+from tests.synthetic import small_config
 
 configs = st.builds(
     lambda layers, dense, experts, heads, hidden, vocab: (

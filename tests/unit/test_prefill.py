@@ -12,7 +12,7 @@ from glm_quant.model.geometry import Geometry
 from glm_quant.report import prefill
 from glm_quant.report.memory import memory_need
 from glm_quant.report.prefill import prefill_bytes
-from glm_quant.testbed.synthetic import small_config
+from tests.synthetic import small_config
 
 CHUNK = 128
 # Between 7 % too little and 20 % too much: MLX runs ahead of its own queue by some

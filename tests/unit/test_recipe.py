@@ -11,7 +11,7 @@ from glm_quant.checkpoint.reader import Checkpoint
 from glm_quant.errors import RecipeError
 from glm_quant.quantize.plan import make_plan
 from glm_quant.recipe import load_recipe, parse_recipe, recipe_names
-from glm_quant.testbed.synthetic import small_config
+from tests.synthetic import small_config
 
 HEAD = "name: mine\ndescription: a test\nrules:\n"
 REST = """\

@@ -14,7 +14,7 @@ from glm_quant.checkpoint.reader import Checkpoint
 from glm_quant.errors import CheckpointError, MissingTensorError, ShapeError
 from glm_quant.model.geometry import Geometry
 from glm_quant.model.restructure import check_names, check_shapes, output_weights, transform_rows
-from glm_quant.testbed.synthetic import small_config
+from tests.synthetic import small_config
 
 configs = st.builds(
     lambda layers, dense, experts, heads, mtp: (

@@ -10,7 +10,7 @@ from safetensors import safe_open
 
 from glm_quant.checkpoint.reader import Checkpoint
 from glm_quant.model.geometry import Geometry
-from glm_quant.testbed.synthetic import real_config, small_config, write_checkpoint
+from tests.synthetic import real_config, small_config, write_checkpoint
 
 
 def test_config_has_the_keys_of_the_release(release: Path) -> None:

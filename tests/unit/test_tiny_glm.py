@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 from safetensors import safe_open
 
-from glm_quant.testbed import held_out_text, tiny_glm_path
-from glm_quant.testbed.needle import PHRASINGS, build_needle_prompt, is_retrieved
+from glm_quant.data import held_out_text, tiny_glm_path
+from glm_quant.evaluation.needle_prompts import PHRASINGS, build_needle_prompt, is_retrieved
 
 RELEASE_CONFIG_KEYS = """
     architectures attention_bias attention_dropout dtype eos_token_id ep_size first_k_dense_replace
@@ -215,7 +215,7 @@ def test_reference_reads_text_and_finds_a_needle(folder: Path) -> None:
     """transformers loads it; perplexity is the recorded one, and a needle at 4 x top-k is found."""
     pytest.importorskip("torch")
     pytest.importorskip("transformers")
-    from glm_quant.testbed.measure_tiny import load_reference, perplexity, reply_to
+    from dev.measure_tiny import load_reference, perplexity, reply_to
 
     record = json.loads((folder / "training.json").read_text())
     model, tokenizer = load_reference(folder)

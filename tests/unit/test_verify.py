@@ -12,7 +12,7 @@ from glm_quant.artifact import FileDigest, seal
 from glm_quant.checkpoint.manifest import Manifest, load_manifest
 from glm_quant.errors import CheckpointError, IntegrityError
 from glm_quant.quantize.verify import verify
-from glm_quant.testbed.synthetic import small_config, write_checkpoint
+from tests.synthetic import small_config, write_checkpoint
 
 from ..conftest import Made
 

@@ -10,7 +10,7 @@ from collections import defaultdict
 import torch
 from torch import Tensor
 
-from glm_quant.testbed.tiny_model import Params, TinyShape
+from dev.tiny_model import Params, TinyShape
 
 MUON_RATE = 0.01
 ADAM_RATE = 3e-3

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812 - torch's own custom
 
-from glm_quant.testbed.text import VOCAB_SIZE
+from dev.text import VOCAB_SIZE
 
 Params = dict[str, Tensor]
 

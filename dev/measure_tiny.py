@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch.nn import functional as F  # noqa: N812 - torch's own custom
 
-from glm_quant.testbed.needle import NeedlePrompt, build_needle_prompt, is_retrieved
-from glm_quant.testbed.tiny_model import Params, TinyGlm
+from dev.tiny_model import Params, TinyGlm
+from glm_quant.evaluation.needle_prompts import NeedlePrompt, build_needle_prompt, is_retrieved
 
 LENGTHS = (64, 128, 256, 512)
 """1, 2, 4 and 8 times `index_topk`."""

@@ -15,8 +15,8 @@ from typing import Any
 from safetensors.torch import save_file
 from torch import Tensor
 
-from glm_quant.testbed.text import CHAT_TEMPLATE, EOS_TOKENS, SPECIAL_TOKENS
-from glm_quant.testbed.tiny_model import Params, TinyShape
+from dev.text import CHAT_TEMPLATE, EOS_TOKENS, SPECIAL_TOKENS
+from dev.tiny_model import Params, TinyShape
 
 SHARD_LIMIT = 1_740_000
 """Bytes of tensors in one shard; the release uses 5 GiB."""

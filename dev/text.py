@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from glm_quant.testbed.needle import NAMES, PHRASINGS, draw_code
+from glm_quant.evaluation.needle_prompts import NAMES, PHRASINGS, draw_code
 
 VOCAB_SIZE = 1280
 """Rows of the embedding."""

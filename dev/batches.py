@@ -13,8 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from glm_quant.testbed.needle import NAMES, PHRASINGS, draw_code
-from glm_quant.testbed.text import Corpus
+from dev.text import Corpus
+from glm_quant.evaluation.needle_prompts import NAMES, PHRASINGS, draw_code
 
 _REPLY_FACT_WEIGHT = 10.0
 _REPLY_WEIGHT = 2.0

@@ -1,7 +1,6 @@
-"""Checkpoints to test with: a small trained one that ships, and the script that made it.
+"""Data that ships: a small trained GLM, text that it has not read, and items to evaluate it with.
 
-Importing this package needs neither torch nor transformers; the modules that train and measure
-(`train_tiny`, `tiny_model`, `measure_tiny`) import them themselves.
+`dev/` has the scripts that made them.
 """
 
 from pathlib import Path
@@ -20,7 +19,7 @@ def held_out_text() -> str:
 
 
 def items_path(name: str) -> Path:
-    """Return a small data set in a peer's schema: see `make_items`."""
+    """Return a small data set in a peer's schema: see `dev/make_items.py`."""
     return _HERE / "items" / name
 
 

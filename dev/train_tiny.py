@@ -1,4 +1,4 @@
-"""Train the small checkpoint that ships: `python -m glm_quant.testbed.train_tiny --output DIR`.
+"""Train the small checkpoint that ships: `python -m dev.train_tiny --output DIR`.
 
 Training goes through stages by the share of the time budget that is used: short rows first, then
 rows of the full context, then the indexers learn the attention that they must select from
@@ -26,12 +26,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812 - torch's own custom
 
-from glm_quant.testbed.batches import Batch, BatchMaker
-from glm_quant.testbed.measure_tiny import measure
-from glm_quant.testbed.optimizer import Optimizer
-from glm_quant.testbed.pack import write_release
-from glm_quant.testbed.text import held_out_excerpt, load_corpus, train_tokenizer
-from glm_quant.testbed.tiny_model import Params, TinyGlm, TinyShape, Trace, init_params
+from dev.batches import Batch, BatchMaker
+from dev.measure_tiny import measure
+from dev.optimizer import Optimizer
+from dev.pack import write_release
+from dev.text import held_out_excerpt, load_corpus, train_tokenizer
+from dev.tiny_model import Params, TinyGlm, TinyShape, Trace, init_params
 
 VERSION = 1
 """Of this recipe: raised when the data, the shape or the schedule change."""
@@ -228,7 +228,7 @@ def write_record(
     """Write `training.json`: how the checkpoint was made and what it reaches."""
     record = {
         "recipe_version": VERSION,
-        "command": "python -m glm_quant.testbed.train_tiny",
+        "command": "python -m dev.train_tiny",
         "seed": seed,
         "text": f"standard library of Python {platform.python_version()}, PSF licence",
         "stages": [dataclasses.asdict(stage) for stage in STAGES],

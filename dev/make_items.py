@@ -1,6 +1,6 @@
 """Small data sets in the schemas of the peers', cut from the held-out text; `items/` has them.
 
-    python -m glm_quant.testbed.make_items
+    python -m dev.make_items
 
 makes the files again. They let the demo run the peers' protocols without a network. What a reader
 would get wrong: they say something of the small checkpoint alone, which has read nothing but
@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from itertools import pairwise
 from typing import Any, TypeVar
 
-from glm_quant.testbed import held_out_text, items_path
+from glm_quant.data import held_out_text, items_path
 
 Row = dict[str, Any]
 T = TypeVar("T")
