@@ -1,0 +1,166 @@
+"""Commands that make a build: `demo`, `run`, `convert`."""
+
+import re
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from flows.cli.options import Json, RecipeOption, Reuse, Source, Verbose, Window
+from flows.cli.stopping import stopping_in_order
+from flows.cli.terminal import ERRORS, OUT, Terminal, errors_in_one_screen, print_json
+from flows.environment import prepare
+from glm_quant.build import BuildSpec, open_build, require_free
+from glm_quant.evaluation.baselines import parse_baselines
+from glm_quant.hub import DEFAULT_WINDOW
+from glm_quant.recipe import S3_PLACE
+from glm_quant.workspace import Workspace
+
+if TYPE_CHECKING:
+    from glm_quant.quantize.command import ConvertSummary
+
+
+def demo(
+    workspace: Annotated[Path, typer.Option(help="Folder to work in.")] = Path("workspace/demo"),
+    verbose: Verbose = False,
+    as_json: Json = False,
+) -> None:
+    """Take the small trained checkpoint that ships through every stage to a published build."""
+    from glm_quant.data import tiny_glm_path
+
+    source, yardstick = str(tiny_glm_path()), "uniform-4bit"
+    baseline = Workspace(workspace).baselines / yardstick
+    spec = BuildSpec(
+        recipe="demo",
+        source=source,
+        workspace=str(workspace),
+        targets=(str(workspace / "published" / "tiny-glm-mlx"),),
+        baselines={yardstick: str(baseline)},
+    )
+    with errors_in_one_screen(verbose), stopping_in_order(ERRORS):
+        require_free(spec)
+        ERRORS.print(f"{yardstick}, to compare with:")
+        _convert(source, yardstick, baseline)
+        ERRORS.print("the build:")
+    release_build(spec, verbose, as_json)
+
+
+def _s3_place(value: str | None) -> str | None:
+    if value is not None and not re.match(S3_PLACE, value):
+        raise typer.BadParameter(f"{value}: give a place in S3, s3://bucket/prefix.")
+    return value
+
+
+def run(
+    recipe: Annotated[str, typer.Argument(help="Path of a .yaml file, or a name in recipes/.")],
+    source: Source = None,
+    workspace: Annotated[Path, typer.Option(help="Folder to work in.")] = Path("workspace"),
+    publish: Annotated[
+        list[str] | None, typer.Option(help="Where to publish; may be given again.")
+    ] = None,
+    window: Window = DEFAULT_WINDOW,
+    reuse: Reuse = None,
+    baseline: Annotated[
+        list[str] | None,
+        typer.Option(help="NAME=PLACE of a build to compare with; may be given again."),
+    ] = None,
+    records: Annotated[
+        str | None,
+        typer.Option(
+            help="s3://bucket/prefix to copy the records to, so that another machine can go on.",
+            callback=_s3_place,
+        ),
+    ] = None,
+    verbose: Verbose = False,
+    as_json: Json = False,
+) -> None:
+    """Run the whole flow in this process. The same command again resumes."""
+    with errors_in_one_screen(verbose):
+        baselines = parse_baselines(baseline or ())
+    spec = BuildSpec(
+        recipe=recipe,
+        source=source,
+        workspace=str(workspace),
+        window=window,
+        reuse=tuple(reuse or ()),
+        targets=tuple(publish or ()),
+        baselines=baselines,
+        records=records,
+    )
+    release_build(spec, verbose, as_json)
+
+
+def convert(
+    source: Annotated[str, typer.Option(help="Folder or URI of the checkpoint.")],
+    recipe: RecipeOption,
+    output: Annotated[Path, typer.Option(help="Folder to make.")],
+    workers: Annotated[int | None, typer.Option(help="Threads; default: one a core.")] = None,
+    window: Window = DEFAULT_WINDOW,
+    reuse: Reuse = None,
+    verbose: Verbose = False,
+    as_json: Json = False,
+) -> None:
+    """Plan, quantize, assemble, and no more: the drop-in for mlx_lm.convert."""
+    with errors_in_one_screen(verbose), stopping_in_order(ERRORS):
+        summary = _convert(source, recipe, output, workers, window, reuse or ())
+        if as_json:
+            print_json(summary.model_dump())
+        else:
+            OUT.print(f"{summary.output}: {summary.describe()}")
+
+
+def release_build(spec: BuildSpec, verbose: bool, as_json: bool) -> None:
+    """Run the flow in this process and show its result."""
+    prepare(verbose)
+    with errors_in_one_screen(verbose):
+        begin = time.monotonic()
+        # A taken workspace fails here, before Prefect is started, and so does bad input. The commit
+        # that another machine began with is known before the source is opened.
+        require_free(spec)
+        build = open_build(spec)
+        from flows.release import release
+        from tasks.progress import watch
+
+        with Terminal(ERRORS, len(build.plan.shards)) as terminal:
+            watch(terminal)
+            done = release(spec)
+        seconds = round(time.monotonic() - begin, 1)
+        checkpoint = build.workspace.checkpoint
+        if as_json:
+            result = {
+                "checkpoint": str(checkpoint),
+                "card": str(checkpoint / "README.md"),
+                "published": list(build.targets),
+                "seconds": seconds,
+                "stages": [stage.model_dump() for stage in done],
+            }
+            print_json(result)
+            return
+        from glm_quant.report.summary import result_summary
+        from glm_quant.stages.releasing import card_inputs
+
+        OUT.print(result_summary(card_inputs(build.workspace), checkpoint, build.targets))
+        OUT.print(f"[dim]{seconds:,.0f} seconds[/]")
+
+
+def _convert(
+    source: str,
+    recipe: str,
+    output: Path,
+    workers: int | None = None,
+    window: int = DEFAULT_WINDOW,
+    reuse: Sequence[str] = (),
+) -> "ConvertSummary":
+    """Convert into a folder and show it."""
+    from glm_quant.calibration.command import open_calibrated
+    from glm_quant.hub import open_source
+    from glm_quant.quantize.command import convert_to_folder, workspace_beside
+
+    opened = open_source(source, workspace_beside(output), window)
+    conversion = open_calibrated(
+        opened, recipe, output, lambda: Terminal(ERRORS, 1), workers, reuse
+    )
+    with Terminal(ERRORS, len(conversion.shards)) as terminal:
+        return convert_to_folder(conversion, terminal)
