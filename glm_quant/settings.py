@@ -1,13 +1,14 @@
 """What a recipe may say about measuring a build, and the bounds that stop it before publishing."""
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 # What the divergence stage looks at without being told otherwise, and what bounds may be on.
 BUILT_IN_SLICES = ("english", "code", "chinese", "chat")
+PARITY_FIGURES = ("layer_error", "logit_error", "mean_kl", "max_kl", "top1_agreement")
 DIVERGENCE_FIGURES = ("mean_kl", "p99_kl", "top1_agreement", "nll_difference", "perplexity")
 
 
@@ -39,7 +40,12 @@ class Bound(Section):
         return self
 
 
-def _require_measured(bounds: Iterable[Bound], measured: list[str]) -> None:
+def require_measured(bounds: Iterable[Bound], measured: Sequence[str]) -> None:
+    """Check that a stage measures what its bounds are on.
+
+    Raises:
+        ValueError: a bound is on something else; names what there is.
+    """
     for bound in bounds:
         if bound.measure not in measured:
             raise ValueError(
@@ -100,13 +106,6 @@ class DivergenceSettings(TokenSettings):
     references: str | None = Field(
         default=None, description="folder for the source's states, to share them between workspaces"
     )
-    max_mean_kl: float | None = Field(default=None, gt=0)
-    max_p99_kl: float | None = Field(default=None, gt=0)
-    min_top1_agreement: float | None = Field(default=None, ge=0, le=1)
-    max_perplexity_ratio: float | None = Field(
-        default=None, gt=0, description="perplexity of the build over that of the source"
-    )
-
     bounds: tuple[Bound, ...] = ()
 
     def measures(self) -> list[str]:
@@ -117,7 +116,7 @@ class DivergenceSettings(TokenSettings):
 
     @model_validator(mode="after")
     def _bounds_are_measured(self) -> Self:
-        _require_measured(self.bounds, self.measures())
+        require_measured(self.bounds, self.measures())
         return self
 
 
@@ -216,8 +215,6 @@ class EvaluationSettings(Section):
     peer_perplexity: PeerPerplexitySettings | None = None
     harness: HarnessSettings | None = None
     coherence: CoherenceSettings | None = None
-    max_perplexity: float | None = Field(default=None, gt=0)
-    min_needle_score: float | None = Field(default=None, ge=0, le=1)
     bounds: tuple[Bound, ...] = ()
 
     def measures(self) -> list[str]:
@@ -233,7 +230,7 @@ class EvaluationSettings(Section):
 
     @model_validator(mode="after")
     def _bounds_are_measured(self) -> Self:
-        _require_measured(self.bounds, self.measures())
+        require_measured(self.bounds, self.measures())
         return self
 
     @model_validator(mode="after")

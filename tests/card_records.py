@@ -26,6 +26,7 @@ from glm_quant.evaluation.records import (
 )
 from glm_quant.parity import LayerParity, LogitParity, ParityRecord
 from glm_quant.recipe import ParitySettings
+from glm_quant.settings import Bound
 
 M3 = Machine(
     system="Darwin arm64",
@@ -60,7 +61,9 @@ PARITY = ParityRecord(
     mean_kl=0.321,
     max_kl=4.5,
     top1_agreement=0.815,
-    settings=ParitySettings(max_mean_kl=0.8, min_top1_agreement=0.7),
+    settings=ParitySettings(
+        bounds=(Bound(measure="mean_kl", max=0.8), Bound(measure="top1_agreement", min=0.7))
+    ),
 )
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from glm_quant import __version__
 from glm_quant.artifact import Record, sha256_file
 from glm_quant.data import held_out_text
-from glm_quant.errors import EvaluationError, RecipeError
+from glm_quant.errors import RecipeError
 from glm_quant.evaluation.baselines import Baseline, build_identity, open_baseline
 from glm_quant.evaluation.data_files import data_file
 from glm_quant.evaluation.figures import compare, figures, hold
@@ -24,7 +24,7 @@ VERSION = 2
 
 _BUILT_IN_TEXT = "held-out text of Python's standard library"
 # What may change without anything being measured again.
-_BOUNDS = {"bounds", "max_perplexity", "min_needle_score"}
+_BOUNDS = {"bounds"}
 
 
 class MeasurementsRecord(Record):
@@ -129,30 +129,7 @@ def check_bounds(record: EvaluationRecord, settings: EvaluationSettings) -> None
     Raises:
         EvaluationError: a bound is broken; names the measure and both numbers.
     """
-    most = settings.max_perplexity
-    for measured in record.measurements.perplexity:
-        # `not <=` so that NaN breaks the bound too.
-        if most is not None and not measured.value <= most:
-            raise EvaluationError(
-                f"evaluation: perplexity on {measured.text} is {measured.value:.4f}, the recipe's "
-                f"max_perplexity is {most:g}. Give the recipe more bits, or correct the bound."
-            )
     hold(settings.bounds, figures(record.measurements), record.comparisons, "evaluation")
-    least, needle = settings.min_needle_score, record.measurements.needle
-    if least is None:
-        return
-    if needle is None:
-        raise EvaluationError(
-            "evaluation: the recipe has min_needle_score and no needle_lengths, so there is no "
-            "score to hold to it. Add needle_lengths."
-        )
-    if needle.score < least:
-        hits = sum(trial.retrieved for trial in needle.trials)
-        raise EvaluationError(
-            f"evaluation: the needle score is {needle.score:.3f} ({hits} of "
-            f"{len(needle.trials)}), the recipe's min_needle_score is {least:g}. Give the indexer "
-            "more bits, or correct the bound."
-        )
 
 
 def _measured_inputs(build: str, settings: EvaluationSettings) -> Canonical:

@@ -17,6 +17,7 @@ from glm_quant.parity.reference import require_reference
 from glm_quant.parity.stream import LayerParity, stream
 from glm_quant.parity.whole import LogitParity, whole_logits
 from glm_quant.recipe import ParitySettings
+from glm_quant.settings import Bound
 
 log = logging.getLogger(__name__)
 
@@ -138,7 +139,7 @@ def enforce_layer(row: LayerParity, tokens: int, settings: ParitySettings, outpu
     Raises:
         ParityError: With the layer, the measure and both numbers.
     """
-    bound = settings.max_layer_error or settings.max_relative_logit_error
+    bound = settings.max_layer_error
     where = f"{output}: layer {row.layer} ({row.kind})"
     for name, count in (("keys", row.wrong_keys), ("experts", row.wrong_experts)):
         if count:
@@ -164,15 +165,34 @@ def enforce(record: ParityRecord, output: Path) -> None:
                 f"than the reference, 0 are allowed beyond ties. {_RUNTIME}"
             )
         for name in ("below_topk", "above_topk", "cached"):
-            value, bound = getattr(record.logits, name), settings.max_relative_logit_error
+            value, bound = getattr(record.logits, name), settings.max_logit_error
             _check(f"{output}: relative logit error ({name})", value, bound, _RUNTIME)
-    if record.mean_kl is not None and settings.max_mean_kl is not None:
-        _check(f"{output}: mean KL", record.mean_kl, settings.max_mean_kl, _QUALITY)
-    agreement, least = record.top1_agreement, settings.min_top1_agreement
-    if agreement is not None and least is not None and not agreement >= least:
+    quality = {
+        "mean_kl": record.mean_kl,
+        "max_kl": record.max_kl,
+        "top1_agreement": record.top1_agreement,
+    }
+    for bound in settings.bounds:
+        if bound.measure in quality:
+            _hold(bound, quality[bound.measure], output)
+
+
+def _hold(bound: Bound, value: float | None, output: Path) -> None:
+    """Hold a figure of the build to a bound of the recipe; NaN breaks it."""
+    if value is None:
         raise ParityError(
-            f"{output}: top-1 agreement is {agreement:.4f}, the recipe wants at least "
-            f"{least:.4f}. {_QUALITY}"
+            f"{output}: the recipe bounds {bound.measure}, which was not measured: the pass ended "
+            "before the last layer. Set parity.layers to all, or leave the bound out."
+        )
+    if bound.max is not None and not value <= bound.max:
+        raise ParityError(
+            f"{output}: {bound.measure} is {value:.4g}; the recipe's max is {bound.max:g}. "
+            f"{_QUALITY}"
+        )
+    if bound.min is not None and not value >= bound.min:
+        raise ParityError(
+            f"{output}: {bound.measure} is {value:.4g}; the recipe's min is {bound.min:g}. "
+            f"{_QUALITY}"
         )
 
 

@@ -47,14 +47,14 @@ def layer_errors(record: ParityRecord) -> tuple[float, ...]:
 
 
 def _runtime(record: ParityRecord) -> list[ParityRow]:
-    most = record.settings.max_relative_logit_error
+    most = record.settings.max_logit_error
     prompt = f"{record.tokens:,} {record.prompt} tokens"
     rows = [
         ParityRow(
             "layers",
             "Layers, unquantized: largest error of an attention or MLP block",
             record.max_layer_error,
-            record.settings.max_layer_error or most,
+            record.settings.max_layer_error,
             f"{len(record.layers)} layers, each on the reference's own input, {prompt}",
         )
     ]
@@ -72,19 +72,21 @@ def _runtime(record: ParityRecord) -> list[ParityRow]:
 
 
 def _build(record: ParityRecord) -> list[ParityRow]:
-    bounds = record.settings
+    limits = {bound.measure: bound for bound in record.settings.bounds}
     how = f"this build against the source, {record.tokens:,} {record.prompt} tokens, all positions"
     rows: list[ParityRow] = []
-    for name, value, bound in (
-        ("mean", record.mean_kl, bounds.max_mean_kl),
-        ("largest", record.max_kl, None),
+    for name, value, key in (
+        ("mean", record.mean_kl, "mean_kl"),
+        ("largest", record.max_kl, "max_kl"),
     ):
         if value is not None:
             measure = f"KL divergence to the source, {name}, nats"
+            bound = limits[key].max if key in limits else None
             rows.append(ParityRow(f"KL, {name}", measure, value, bound, how, of_build=True))
     if record.top1_agreement is not None:
         measure = "Same most likely token as the source"
-        value, bound = record.top1_agreement, bounds.min_top1_agreement
+        value, least = record.top1_agreement, limits.get("top1_agreement")
+        bound = least.min if least else None
         row = ParityRow("top-1 agreement", measure, value, bound, how, True, at_least=True)
         rows.append(row)
     return rows

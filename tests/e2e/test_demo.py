@@ -135,16 +135,18 @@ def test_a_broken_bound_stops_before_publishing(
     """Perplexity above the recipe's bound: nothing is published, and status says why."""
     recipe = tmp_path / "strict.yaml"
     recipe.write_text(
-        quick.read_text().replace("evaluation:\n", "evaluation:\n  max_perplexity: 1.5\n")
+        quick.read_text().replace(
+            "evaluation:\n", "evaluation:\n  bounds: [{measure: perplexity, max: 1.5}]\n"
+        )
     )
-    assert load_recipe(recipe).evaluation.max_perplexity == 1.5
+    assert load_recipe(recipe).evaluation.bounds
     workspace, target = tmp_path / "strict", tmp_path / "published"
     done = cli.run(
         *("run", recipe, "--source", tiny_glm_path(), "--workspace", workspace),
         *("--publish", target),
         expect=1,
     )
-    assert "max_perplexity" in done.stderr
+    assert "the recipe's max is 1.5" in " ".join(done.stderr.split())
     assert "Traceback" not in done.stderr
     assert not target.exists()
     status = json.loads(cli.run("status", workspace, "--json").stdout)

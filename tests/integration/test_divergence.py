@@ -281,16 +281,17 @@ def test_a_source_on_the_hub_is_read_by_range(
 ONE_SLICE = (Bound(measure="mean_kl/code", max=1e-4),)
 
 
+def bounded(measure: str, **limits: float) -> dict[str, Any]:
+    return {"bounds": (Bound.model_validate({"measure": measure, **limits}),)}
+
+
 @pytest.mark.parametrize(
     ("bounds", "message"),
     [
-        ({"max_mean_kl": 1e-4}, r"mean KL is 0\.\d+, the recipe's max_mean_kl is 0\.0001\. Give"),
-        ({"max_p99_kl": 1e-4}, r"99 % KL is \d\.\d+, the recipe's max_p99_kl is 0\.0001"),
-        (
-            {"max_perplexity_ratio": 0.5},
-            r"perplexity over the source's is 1.* max_perplexity_ratio is 0\.5",
-        ),
-        ({"min_top1_agreement": 1.0}, r"top-1 agreement with the source is 0\.\d+, .* is 1\."),
+        (bounded("mean_kl", max=1e-4), r"mean_kl is 0\.\d+; the recipe's max is 0\.0001\. Give"),
+        (bounded("p99_kl", max=1e-4), r"p99_kl is \d\.\d+; the recipe's max is 0\.0001"),
+        (bounded("nll_difference", max=-1), r"nll_difference is .*; the recipe's max is -1"),
+        (bounded("top1_agreement", min=1.0), r"top1_agreement is 0\.\d+; the recipe's min is 1\."),
         (
             {"texts": {"code": "", "english": ""}, "bounds": ONE_SLICE},
             r"divergence: mean_kl/code is 0\.\d+; the recipe's max is 0\.0001",

@@ -122,11 +122,13 @@ def test_broken_bound_stops_with_both_numbers(
 ) -> None:
     """A perplexity of 1.5 is out of reach of so small a model."""
     quick = EvaluationSettings(
-        perplexity_tokens=64, context=64, stride=32, prompt_tokens=(), max_perplexity=1.5
+        perplexity_tokens=64,
+        context=64,
+        stride=32,
+        prompt_tokens=(),
+        bounds=(Bound(measure="perplexity", max=1.5),),
     )
-    with pytest.raises(
-        EvaluationError, match=r"perplexity on .* is \d+\.\d+.*max_perplexity is 1\.5"
-    ):
+    with pytest.raises(EvaluationError, match=r"perplexity is \d+\.\d+; the recipe's max is 1\.5"):
         evaluate(build, quick)
 
 

@@ -21,6 +21,7 @@ from glm_quant.parity.reference import ReferenceModel, indexer_rotation, require
 from glm_quant.parity.stream import stream
 from glm_quant.parity.whole import follow, reference_outcomes
 from glm_quant.recipe import ParitySettings
+from glm_quant.settings import Bound
 from tests.hub_server import HubServer
 
 TOKENS = 96  # one and a half times the trained checkpoint's index_topk
@@ -137,16 +138,23 @@ def test_layers_that_do_not_exist_are_refused(suite: SimpleNamespace, build: Pat
 @pytest.mark.parametrize(
     ("bounds", "message"),
     [
-        ({"max_layer_error": 1e-12}, r"layer 0 \(full\): attention error is .*e-0\d, .* 1e-12"),
-        ({"max_relative_logit_error": 1e-12, "max_layer_error": 1}, r"\(below_topk\) is .* 1e-12"),
-        ({"max_mean_kl": 1e-6}, "mean KL is .* the recipe allows 1e-06. Raise the bits"),
-        ({"min_top1_agreement": 1.0}, "top-1 agreement is .* at least 1.0000"),
+        (
+            [("layer_error", "max", 1e-12)],
+            r"layer 0 \(full\): attention error is .*e-0\d, .* 1e-12",
+        ),
+        (
+            [("logit_error", "max", 1e-12), ("layer_error", "max", 1)],
+            r"\(below_topk\) is .* 1e-12",
+        ),
+        ([("mean_kl", "max", 1e-6)], r"mean_kl is .*; the recipe's max is 1e-06\. Raise the bits"),
+        ([("top1_agreement", "min", 1.0)], r"top1_agreement is 0\.\d+; the recipe's min is 1\."),
     ],
 )
 def test_a_broken_bound_names_measure_and_both_numbers(
-    record: ParityRecord, bounds: dict[str, Any], message: str
+    record: ParityRecord, bounds: list[tuple[str, str, float]], message: str
 ) -> None:
-    settings = ParitySettings(**({"tokens": TOKENS} | bounds))
+    limits = [Bound.model_validate({"measure": name, end: limit}) for name, end, limit in bounds]
+    settings = ParitySettings(tokens=TOKENS, bounds=tuple(limits))
 
     def judge() -> None:
         for row in record.layers:

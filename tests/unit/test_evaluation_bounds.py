@@ -15,7 +15,7 @@ from glm_quant.evaluation.records import (
     Perplexity,
     Speed,
 )
-from glm_quant.recipe import EvaluationSettings
+from glm_quant.settings import Bound, EvaluationSettings
 from tests.card_records import EPYC
 
 
@@ -62,16 +62,21 @@ def a_record(perplexity: float = 4.0, needle: Needle | None = None) -> Evaluatio
     )
 
 
+def bounded(measure: str, **limits: float) -> EvaluationSettings:
+    bound = Bound.model_validate({"measure": measure, **limits})
+    return EvaluationSettings(needle_lengths=(64,), bounds=(bound,))
+
+
 def test_perplexity_within_the_bound_passes() -> None:
     """The bound itself is allowed."""
-    assert check_bounds(a_record(4.0), EvaluationSettings(max_perplexity=4.0)) is None
+    assert check_bounds(a_record(4.0), bounded("perplexity", max=4.0)) is None
 
 
 @pytest.mark.parametrize("value", [4.5, float("nan"), float("inf")])
 def test_broken_perplexity_bound_names_measure_and_both_numbers(value: float) -> None:
     """NaN breaks a bound too."""
-    with pytest.raises(EvaluationError, match=r"perplexity on a text is .*max_perplexity is 4\."):
-        check_bounds(a_record(value), EvaluationSettings(max_perplexity=4.0))
+    with pytest.raises(EvaluationError, match=r"perplexity is .*; the recipe's max is 4\."):
+        check_bounds(a_record(value), bounded("perplexity", max=4.0))
 
 
 def test_broken_needle_bound_names_measure_and_both_numbers() -> None:
@@ -79,16 +84,14 @@ def test_broken_needle_bound_names_measure_and_both_numbers() -> None:
     needle = Needle(
         text_sha256="0", method="m", trials=[trial(64, 0.1, True), trial(64, 0.9, False)]
     )
-    with pytest.raises(
-        EvaluationError, match=r"needle score is 0\.500 \(1 of 2\).*min_needle_score is 0\.75"
-    ):
-        check_bounds(a_record(needle=needle), EvaluationSettings(min_needle_score=0.75))
+    with pytest.raises(EvaluationError, match=r"needle is 0\.5; the recipe's min is 0\.75"):
+        check_bounds(a_record(needle=needle), bounded("needle", min=0.75))
 
 
 def test_needle_bound_without_a_measurement_is_an_error() -> None:
     """A bound must never pass because nothing was measured."""
-    with pytest.raises(EvaluationError, match="no needle_lengths"):
-        check_bounds(a_record(), EvaluationSettings(min_needle_score=0.5))
+    with pytest.raises(EvaluationError, match="bounds needle, which was not measured"):
+        check_bounds(a_record(), bounded("needle", min=0.5))
 
 
 def test_needle_grid_and_longest_success() -> None:

@@ -61,6 +61,41 @@ def test_rule_knows_its_line() -> None:
         (HEAD + REST + "1: red\n", 1, "Keys should be strings"),
         (HEAD + REST + "shard_bytes: 1000\n", 10, "greater than or equal to 65536"),
         (HEAD + REST + "parity:\n  token: 3\n", 11, "parity.token: Extra inputs"),
+        (
+            HEAD + REST + "parity:\n  max_mean_kl: 0.8\n",
+            11,
+            "under `bounds:`, in place of `max_mean_kl: 0.8`: - {measure: mean_kl, max: 0.8}",
+        ),
+        (
+            HEAD + REST + "parity:\n  seed: 1\n  min_top1_agreement: 0.7\n",
+            12,
+            "in place of `min_top1_agreement: 0.7`: - {measure: top1_agreement, min: 0.7}",
+        ),
+        (
+            HEAD + REST + "divergence: {max_perplexity_ratio: 1.05}\n",
+            10,
+            "- {measure: nll_difference, max: 0.0487902}",
+        ),
+        (
+            HEAD + REST + "evaluation: {max_perplexity: 5, perplexity_texts: {wiki: a.txt}}\n",
+            10,
+            "- {measure: perplexity, max: 5}; - {measure: perplexity/wiki, max: 5}",
+        ),
+        (
+            HEAD + REST + "evaluation: {min_needle_score: 0.75}\n",
+            10,
+            "- {measure: needle, min: 0.75}",
+        ),
+        (
+            HEAD + REST + "parity: {bounds: [{measure: kl, max: 1}]}\n",
+            10,
+            "a bound is on 'kl', which is not measured here; there is layer_error, logit_error",
+        ),
+        (
+            HEAD + REST + "parity: {bounds: [{measure: mean_kl, max: 1, baseline: a}]}\n",
+            10,
+            "names a baseline; parity compares the build with its source alone",
+        ),
         (HEAD + "  - group: norms\n    bits: 4\n    grp_size: 64\n", 6, "grp_size: Extra inputs"),
         (HEAD + "  - group: experts\n    bits: 4\n", 4, "rules.0.group"),
         (HEAD + "  - group: norms\n", 4, "exactly one of `bits`, `dtype` and `drop: true`"),
