@@ -1,0 +1,116 @@
+"""Commands on a workspace or a finished build: publish, verify, status, card."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from flows.cli.options import Json, Source, Verbose
+from flows.cli.run import release_build
+from flows.cli.terminal import OUT, errors_in_one_screen, print_json, status_table
+from glm_quant.build import BuildSpec, open_build
+from glm_quant.status import read_status
+
+
+def publish(
+    recipe: Annotated[str, typer.Argument(help="Path of a .yaml file, or a name in recipes/.")],
+    to: Annotated[list[str], typer.Option(help="Folder, hf://org/name or s3://bucket/prefix.")],
+    source: Source = None,
+    workspace: Annotated[Path, typer.Option(help="Folder of the build.")] = Path("workspace"),
+    dry_run: Annotated[bool, typer.Option(help="Show what would change, write nothing.")] = False,
+    verbose: Verbose = False,
+    as_json: Json = False,
+) -> None:
+    """Publish a build: `run` with more targets; with --dry-run, what that would change."""
+    spec = BuildSpec(recipe=recipe, source=source, workspace=str(workspace), targets=tuple(to))
+    if not dry_run:
+        return release_build(spec, verbose, as_json)
+    with errors_in_one_screen(verbose):
+        from dataclasses import asdict
+
+        from glm_quant.stages.publishing import PublishStage
+
+        build = open_build(spec)
+        stages = [PublishStage(build, target) for target in build.targets]
+        found = {stage.target: (stage.diff(), stage.leftovers()) for stage in stages}
+        if as_json:
+            print_json({t: asdict(diff) | {"leftovers": old} for t, (diff, old) in found.items()})
+            return None
+        for target, (diff, leftovers) in found.items():
+            OUT.print(f"{target}: {diff.describe()}")
+            for leftover in leftovers:
+                OUT.print(f"  - {leftover} (of a build that was given up)")
+            for kind, files in (("+", diff.added), ("~", diff.changed), ("-", diff.deleted)):
+                for file in files:
+                    OUT.print(f"  {kind} {file.name} ({file.size_bytes:,} bytes)")
+    return None
+
+
+def verify(
+    folder: Annotated[Path, typer.Argument(help="A finished output.")],
+    source: Source = None,
+    imatrix: Annotated[
+        Path | None,
+        typer.Option(help="What it was calibrated with: calibration/imatrix in a workspace."),
+    ] = None,
+    verbose: Verbose = False,
+    as_json: Json = False,
+) -> None:
+    """Check a finished output: digests, index, shards, config, and its source if given."""
+    with errors_in_one_screen(verbose):
+        from dataclasses import asdict
+
+        from glm_quant.hub import open_source
+        from glm_quant.quantize.verify import verify as check
+
+        found = check(folder, open_source(source) if source else None, imatrix=imatrix)
+        if as_json:
+            print_json(asdict(found))
+            return
+        rederived = (
+            f", {found.rederived_blocks} blocks made again from the source and equal"
+            if source
+            else ""
+        )
+        if found.calibrated:
+            rederived += f" ({found.calibrated} others need --imatrix)"
+        OUT.print(
+            f"{folder}: whole. {found.files} files and {found.size_bytes / 1e9:,.3f} GB have their "
+            f"recorded sha256, {found.tensors:,} tensors agree with index and config{rederived}."
+        )
+
+
+def status(
+    workspace: Annotated[Path, typer.Argument(help="The folder of a run.")],
+    verbose: Verbose = False,
+    as_json: Json = False,
+) -> None:
+    """Show what is done in a workspace, what is left, what failed and why."""
+    with errors_in_one_screen(verbose):
+        found = read_status(workspace)
+        if as_json:
+            print_json(found.model_dump())
+            return
+        OUT.print(status_table(found))
+
+
+def card(
+    workspace: Annotated[Path, typer.Argument(help="The folder of a finished run.")],
+    output: Annotated[
+        Path | None, typer.Option(help="The build, if it is not in the workspace.")
+    ] = None,
+    verbose: Verbose = False,
+    as_json: Json = False,
+) -> None:
+    """Render card and charts again from the records: nothing is measured, no source is needed."""
+    with errors_in_one_screen(verbose):
+        from glm_quant.stages.releasing import render_again
+        from glm_quant.workspace import Workspace, existing_workspace
+
+        place = existing_workspace(str(workspace))
+        place = Workspace(place.root, output.expanduser().absolute() if output else place.output)
+        record = render_again(place)
+        if as_json:
+            print_json(record.model_dump())
+        else:
+            OUT.print(f"{place.checkpoint}: {', '.join(file.path for file in record.outputs)}")
