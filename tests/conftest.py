@@ -208,7 +208,7 @@ def made(
     shutil.copytree(made_once / small_copy.name, small_copy, dirs_exist_ok=True)
     shutil.copytree(made_once / "work", tmp_path / "work")
     finished = prepare(small_copy, tmp_path / "work", demo_recipe)
-    assert all(finished.conversion.finished(i) for i in range(len(finished.plan.shards)))
+    assert all(finished.conversion.outputs.finished(i) for i in range(len(finished.plan.shards)))
     return finished
 
 

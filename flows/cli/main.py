@@ -44,7 +44,7 @@ def plan(
         else:
             title = f"{build.recipe.name}: {build.checkpoint.source.uri}"
             limit = build.checkpoint.config.get("max_position_embeddings")
-            OUT.print(plan_summary(build.plan, title, limit, build.conversion.schedule))
+            OUT.print(plan_summary(build.plan, title, limit, build.conversion.outputs))
 
 
 app.command()(publish)

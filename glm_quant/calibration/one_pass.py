@@ -5,9 +5,9 @@ its shards come near (`checkpoint.near` says in which order, and what that costs
 the calibration's tokens and those of the divergence pass the layer, its energies and factors are
 made, and its weights are encoded with them from the same files, on all cores, while the next
 layer's shards come. The codes go to their places in the partial outputs, where the conversion
-finds them done (`quantize.ahead`): bytes are those of a conversion that comes after, and what is
-finished when the process is killed stays. Besides the source's shards it needs no disk that
-the build does not need anyway.
+finds them done (`quantize.early_encode`): bytes are those of a conversion that comes after, and
+what is finished when the process is killed stays. Besides the source's shards it needs no disk
+that the build does not need anyway.
 """
 
 from collections.abc import Generator
@@ -21,9 +21,9 @@ from glm_quant.checkpoint.imatrix import Imatrix
 from glm_quant.checkpoint.near import NearSource, Walk, nearing
 from glm_quant.checkpoint.reader import Checkpoint
 from glm_quant.model.geometry import Geometry
-from glm_quant.quantize.ahead import Ahead
 from glm_quant.quantize.assemble import output_config
 from glm_quant.quantize.convert import Conversion
+from glm_quant.quantize.early_encode import EarlyEncoder
 from glm_quant.quantize.plan import Plan, PlannedWeight, calibrated
 from glm_quant.recipe import Recipe
 from glm_quant.streaming.forward import Party, layer_gap
@@ -51,9 +51,9 @@ def one_pass(
     walk = walk_of(checkpoint)
     with (
         nearing(checkpoint, walk) as (near, held),
-        conversion.ahead(near) as ahead,
+        EarlyEncoder(conversion, near) as encoder,
     ):
-        yield OnePass(recipe, conversion.plan, near, held, ahead)
+        yield OnePass(recipe, conversion.plan, near, held, encoder)
 
 
 def walk_of(checkpoint: Checkpoint) -> Walk:
@@ -98,12 +98,12 @@ class OnePass:
     """Encodes a build layer by layer, as soon as each one's calibration is known."""
 
     def __init__(
-        self, recipe: Recipe, plan: Plan, near: Checkpoint, held: NearSource, ahead: Ahead
+        self, recipe: Recipe, plan: Plan, near: Checkpoint, held: NearSource, encoder: EarlyEncoder
     ) -> None:
         """Sort the plan's weights by layer; see `one_pass`."""
         self.near = near
         self.errors: dict[int, LayerError] = {}
-        self._recipe, self._plan, self._held, self._ahead = recipe, plan, held, ahead
+        self._recipe, self._plan, self._held, self._encoder = recipe, plan, held, encoder
         walk = held.walk
         self._weights: list[list[PlannedWeight]] = [[] for _ in walk.layers]
         for planned in plan.weights:
@@ -123,9 +123,9 @@ class OnePass:
             imatrix: has what its weights are calibrated with.
         """
         weights = calibrated(self._weights[index], self._recipe, imatrix)
-        if self._ahead.left(weights):
+        if self._encoder.pending_jobs(weights):
             self._held.hold(index)
-            self._ahead.encode(weights)
+            self._encoder.encode(weights)
 
     def measure(self, index: int, imatrix: Imatrix, party: Party, folder: Path) -> None:
         """Note what quantizing did to a layer's output, while the states before it are there.
@@ -148,9 +148,9 @@ class OnePass:
 
     def _measured(self, index: int, imatrix: Imatrix, party: Party) -> LayerError | None:
         weights = calibrated(self._weights[index], self._recipe, imatrix)
-        if not self._ahead.has(weights):
+        if not self._encoder.is_encoded(weights):
             return None
-        build = self._ahead.checkpoint(output_config(self.near.config, self._plan))
+        build = self._encoder.checkpoint(output_config(self.near.config, self._plan))
         gap = layer_gap(BuildWeights(build), party, index, _SEQUENCES)
         if gap is None:
             return None

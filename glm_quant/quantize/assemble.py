@@ -158,7 +158,7 @@ def source_label(checkpoint: Checkpoint) -> str:
 
 
 def _finished(conversion: Conversion, shard: int) -> ShardRecord:
-    record = conversion.finished(shard)
+    record = conversion.outputs.finished(shard)
     if record is None:
         raise RunError(
             f"{conversion.plan.shards[shard].name}: the shard is not finished; run again."

@@ -10,28 +10,28 @@ before, for another recipe or another revision, is copied.
 import os
 import shutil
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
 from typing import Protocol, Self
 
-from glm_quant.artifact import FileDigest, full_disk_named, require_space
+from glm_quant.artifact import full_disk_named, require_space
 from glm_quant.checkpoint.reader import Checkpoint
 from glm_quant.errors import InputError, RunError
-from glm_quant.quantize.ahead import Ahead
-from glm_quant.quantize.batch import Batch
-from glm_quant.quantize.ledger import Ledger
-from glm_quant.quantize.pipeline import Progress
+from glm_quant.quantize.jobs import check_open_outputs
+from glm_quant.quantize.outputs import Outputs
+from glm_quant.quantize.pipeline import Pipeline, Progress
 from glm_quant.quantize.plan import Plan
-from glm_quant.quantize.records import KeptElsewhere, ShardInputs, ShardRecord
-from glm_quant.quantize.reuse import Shelf
-from glm_quant.quantize.schedule import Schedule
+from glm_quant.quantize.records import RemoteShard, ShardInputs, ShardRecord
+from glm_quant.quantize.remaining import Wanted, running_pipeline
+from glm_quant.quantize.reuse import ReuseStore
 from glm_quant.workspace import Workspace
 
-__all__ = ["Conversion", "KeptElsewhere", "Progress", "ShardInputs", "ShardRecord", "Watcher"]
+__all__ = ["Conversion", "Progress", "RemoteShard", "ShardInputs", "ShardRecord", "Watcher"]
 
 
 class Watcher(Protocol):
-    """Whoever wants to see stages begin and move: a terminal."""
+    """Is told that stages begin and move, such as a terminal."""
 
     def begin(self, stage: str) -> None:
         """Note that a stage, or one more part of it, begins."""
@@ -47,6 +47,12 @@ class Conversion:
 
     Outside of a `with` block `complete` does what one output needs and stops. Inside of one it
     starts to work ahead on all outputs, in threads, until the block ends.
+
+    Attributes:
+        plan: what is made.
+        outputs: the shards of the plan, and what of them is finished.
+        reuse_store: where finished tensors may be that can be copied.
+        workers: threads that encode.
     """
 
     def __init__(
@@ -74,12 +80,13 @@ class Conversion:
         if workers is not None and workers < 1:
             raise InputError(f"{workers} workers cannot work; give at least 1.")
         self.plan = plan
+        self.outputs = Outputs(checkpoint, plan, workspace)
+        self.reuse_store = ReuseStore(workspace, reuse)
+        self.workers = workers or os.cpu_count() or 1
         self._workspace = workspace
-        self._workers = workers or os.cpu_count() or 1
-        self._ledger = Ledger(checkpoint, plan, workspace)
-        self._shelf = Shelf(workspace, reuse)
         self._ahead = ahead
-        self._batch: Batch | None = None
+        self._pipeline: Pipeline | None = None
+        self._running = ExitStack()
 
     def __enter__(self) -> Self:
         """Work ahead from the first `complete` on."""
@@ -96,54 +103,25 @@ class Conversion:
         self._ahead = False
         self.close()
 
-    def fingerprint(self, shard: int) -> str:
-        """Return the fingerprint of an output shard: of everything that decides its bytes."""
-        return self._ledger.fingerprint(shard)
-
-    def layout(self, shard: int) -> str:
-        """Return the fingerprint of an output shard without its calibration: known before that."""
-        return self._ledger.layout(shard)
-
-    def record_path(self, shard: int) -> Path:
-        """Return where the record of an output shard stands."""
-        return self._ledger.record_path(shard)
-
-    def finished(self, shard: int) -> ShardRecord | None:
-        """Return the record of an output shard if it is today's and the file is there."""
-        return self._ledger.finished(shard)
-
-    def elsewhere_path(self, name: str) -> Path:
-        """Return where it stands that a shard's local copy was let go."""
-        return self._ledger.elsewhere_path(name)
-
-    def is_kept(self, file: FileDigest) -> bool:
-        """Whether a finished file is here, or is a shard that was let go and is kept elsewhere."""
-        return self._ledger.is_kept(file)
-
-    @property
-    def schedule(self) -> Schedule:
-        """In which order source shards are read, and what that takes."""
-        return self._ledger.schedule
-
-    def check_space(self, let_go: bool = False, source_bytes: int = 0) -> None:
+    def check_space(self, evicting: bool = False, source_bytes: int = 0) -> None:
         """Compare what is left to write with the free space, and what is open with what may be.
 
         Args:
-            let_go: finished shards do not stay here.
+            evicting: finished shards leave this disk once a target has them.
             source_bytes: of the source, will stand beside them.
 
         Raises:
             DiskSpaceError: it does not fit.
             RecipeError: too many outputs would be open at a time.
         """
-        self.schedule.check()
-        left = sorted(
+        check_open_outputs(self.outputs.most_open)
+        missing_bytes = sorted(
             shard.size_bytes - _allocated(self._workspace.partial / f"{shard.name}.part")
-            for shard in (self.plan.shards[i] for i in self._ledger.unfinished())
+            for shard in (self.plan.shards[i] for i in self.outputs.unfinished())
         )
-        if let_go:  # those that are open, and one that is uploaded while the next is made
-            left = left[-self.schedule.open_outputs - 1 :]
-        require_space(self._workspace.root, sum(left) + source_bytes, "the build")
+        if evicting:  # those that are open, and one that is uploaded while the next is made
+            missing_bytes = missing_bytes[-self.outputs.most_open - 1 :]
+        require_space(self._workspace.root, sum(missing_bytes) + source_bytes, "the build")
 
     def complete(self, shard: int, progress: Progress | None = None) -> ShardRecord:
         """Bring one output shard to completion, or return its record if it is finished.
@@ -158,11 +136,11 @@ class Conversion:
             IntegrityError: a byte changed between writing and finishing.
             RunError: the recipe's calibration was not made.
         """
-        record = self.finished(shard)
+        record = self.outputs.finished(shard)
         if record is not None:
             return record
         if self.plan.uncalibrated:
-            self._ledger.checkpoint.require_weights()
+            self.outputs.checkpoint.require_weights()
             raise RunError(
                 f"{self.plan.shards[shard].name}: the recipe wants a calibration, and it was not "
                 "made. `glm-quant run` and `glm-quant convert` make it; or make a folder with "
@@ -170,8 +148,10 @@ class Conversion:
             )
         with full_disk_named(self._workspace.root):
             try:
-                batch = self._batch_for(shard)
-                return batch.wait(shard, progress) if batch else self.complete(shard, progress)
+                pipeline = self._pipeline_for(shard)
+                if pipeline is None:
+                    return self.complete(shard, progress)
+                return pipeline.wait(shard, progress)
             except BaseException:
                 self.close()
                 raise
@@ -179,20 +159,10 @@ class Conversion:
                 if not self._ahead:
                     self.close()
 
-    def ahead(self, near: Checkpoint) -> Ahead:
-        """Return the partial outputs, to be filled while the calibration is made.
-
-        Args:
-            near: the checkpoint, with a source that hands out what is at hand.
-        """
-        self.close()
-        return Ahead(self._ledger, self._shelf, near, self._workers)
-
     def close(self) -> None:
         """Stop working ahead; what was encoded is kept."""
-        if self._batch is not None:
-            batch, self._batch = self._batch, None
-            batch.close()
+        self._pipeline = None
+        self._running.close()
 
     def clean(self) -> None:
         """Remove partial outputs, earlier ones and source shards once every shard is finished."""
@@ -201,20 +171,24 @@ class Conversion:
             if folder.exists():
                 shutil.rmtree(folder)
 
-    def _batch_for(self, shard: int) -> Batch | None:
-        """Return the batch that makes an output, or None if it turned out to be finished."""
-        if self._batch is not None and self._batch.brings(shard):
-            return self._batch
+    def _pipeline_for(self, shard: int) -> Pipeline | None:
+        """Return the pipeline that makes an output, or None if it turned out to be finished."""
+        if self._pipeline is not None and shard in self._pipeline.outputs:
+            return self._pipeline
         self.close()
-        donors = self._shelf.donors(self._ledger, self._ledger.unfinished())
-        unfinished = self._ledger.unfinished()  # some may only have got another name
+        reusable = self.reuse_store.reusable(self.outputs, self.outputs.unfinished())
+        # Asked again: the store may have given some outputs that were finished another name.
+        unfinished = self.outputs.unfinished()
         if shard not in unfinished:
             return None
-        # From this one on, then whatever was passed over.
-        wanted = [i for i in unfinished if i >= shard] + [i for i in unfinished if i < shard]
-        wanted = wanted if self._ahead else [shard]
-        self._batch = Batch(self._ledger, unfinished, wanted, donors, self._workers)
-        return self._batch
+        completed = [shard]
+        if self._ahead:  # from this one on, then whatever was passed over
+            completed = [i for i in unfinished if i >= shard] + [i for i in unfinished if i < shard]
+        wanted = Wanted(unfinished, completed, reusable)
+        self._pipeline = self._running.enter_context(
+            running_pipeline(self.outputs, wanted, self.workers)
+        )
+        return self._pipeline
 
 
 def _allocated(path: Path) -> int:

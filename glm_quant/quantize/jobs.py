@@ -7,8 +7,9 @@ together they write every byte of every output tensor once.
 
 import hashlib
 from collections import defaultdict
-from collections.abc import Callable, Container, Iterable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import NamedTuple
 
 import numpy as np
@@ -20,6 +21,7 @@ from glm_quant.checkpoint.reader import Checkpoint
 from glm_quant.codes.encode import Rows, encode, load_rows
 from glm_quant.codes.fidelity import Fidelity, measure
 from glm_quant.codes.scheme import Quantized
+from glm_quant.errors import RecipeError
 from glm_quant.fingerprint import Canonical, fingerprint
 from glm_quant.model.geometry import Geometry
 from glm_quant.model.restructure import Part, transform_rows
@@ -27,7 +29,8 @@ from glm_quant.quantize.plan import Plan, PlannedTensor, PlannedWeight
 
 # 16 M elements: 32 MB of bf16. Several workers stay far below 1 GB.
 BLOCK_ELEMENTS = 1 << 24
-
+# Far above what any sensible recipe needs, far below what one process may open.
+MAX_OPEN_OUTPUTS = 64
 
 # (tensor, first byte in its data, number of bytes) to those bytes.
 Read = Callable[[TensorInfo, int, int], NDArray[np.uint8]]
@@ -115,6 +118,47 @@ def by_source_shard(jobs: Iterable[Job], weight_map: Mapping[str, str]) -> dict[
     for job in jobs:
         grouped[weight_map[job.source]].append(job)
     return dict(sorted(grouped.items()))
+
+
+def source_order(jobs: Iterable[Job], weight_map: Mapping[str, str]) -> tuple[str, ...]:
+    """Return the source shards that jobs read, in the order in which they are stored and read.
+
+    Outputs are laid out in the order of their sources. So those that are begun and not full stay
+    few: for GLM-5.2 three, since an expert stack fills while the four or five shards of its layer
+    pass. Any other order would leave more open.
+    """
+    return tuple(sorted({weight_map[job.source] for job in jobs}))
+
+
+def count_open_outputs(jobs: Sequence[Job], weight_map: Mapping[str, str]) -> int:
+    """Return how many outputs are begun and not full at a time, at most."""
+    order = source_order(jobs, weight_map)
+    position = {name: i for i, name in enumerate(order)}
+    first: dict[int, int] = {}
+    last: dict[int, int] = {}
+    for job in jobs:
+        place = position[weight_map[job.source]]
+        for shard in job.shards:
+            first[shard] = min(first.get(shard, place), place)
+            last[shard] = max(last.get(shard, place), place)
+    changes = [0] * (len(order) + 1)
+    for shard in first:
+        changes[first[shard]] += 1
+        changes[last[shard] + 1] -= 1
+    return max(accumulate(changes), default=0)
+
+
+def check_open_outputs(count: int) -> None:
+    """Refuse a plan that would keep too many outputs open.
+
+    Raises:
+        RecipeError: it would.
+    """
+    if count > MAX_OPEN_OUTPUTS:
+        raise RecipeError(
+            f"{count} output shards would be open at a time, at most {MAX_OPEN_OUTPUTS} are: "
+            "`shard_bytes` is too small for layers of this size. Raise it in the recipe."
+        )
 
 
 def _split(

@@ -2,11 +2,12 @@
 
 A reader takes source shards one after the other and hands out their jobs; encoders, one a core, do
 them; a flusher makes their bytes durable and journals them, then lets the source shard go; a
-finisher reads each full output once more and publishes it. Whoever waits for an output sleeps.
+finisher reads each full output once more and publishes it. A caller waits for one output at a time.
 Nothing but source shards is held back: a job's bytes live in its encoder only.
 
-Any failure stops everything: what was encoded is still flushed, and the failure belongs to whoever
-waits. All threads are daemons: a killed process leaves what the journal says, and no more.
+Any failure stops everything: what was encoded is still flushed, and the failure is raised where an
+output is waited for. All threads are daemons: a killed process leaves what the journal says, and no
+more.
 """
 
 import queue
@@ -19,7 +20,7 @@ from pathlib import Path
 
 from glm_quant.artifact import require_space
 from glm_quant.checkpoint.source import Source
-from glm_quant.errors import RunError
+from glm_quant.errors import IntegrityError, RunError
 from glm_quant.quantize.journal import Entry
 from glm_quant.quantize.partial import PartialOutputs
 from glm_quant.quantize.records import ShardRecord
@@ -39,7 +40,7 @@ Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
-class Task:
+class WorkItem:
     """A piece of work.
 
     Attributes:
@@ -59,23 +60,31 @@ class Task:
 
 @dataclass
 class Step:
-    """The tasks that read one source shard, or none for those that read something else."""
+    """The items that read one source shard; `source` is None for those that read something else.
+
+    Attributes:
+        pending: how many of them are not encoded yet.
+    """
 
     source: str | None
-    tasks: list[Task]
-    left: int = field(init=False)
+    items: list[WorkItem]
+    pending: int = field(init=False)
 
     def __post_init__(self) -> None:
-        self.left = len(self.tasks)
+        self.pending = len(self.items)
 
 
 class Pipeline:
-    """Brings some output shards to completion."""
+    """Brings some output shards to completion.
+
+    Attributes:
+        broken: the output whose bytes are not what was written, if there is one.
+    """
 
     def __init__(
         self,
         source: Source,
-        outputs: PartialOutputs,
+        partial: PartialOutputs,
         steps: Sequence[Step],
         needs: Mapping[int, set[str]],
         finish: Callable[[int, bool], ShardRecord | None],
@@ -85,36 +94,37 @@ class Pipeline:
 
         Args:
             source: where the steps' shards come from.
-            outputs: where bytes go.
+            partial: where bytes go.
             steps: in the order in which they are done.
-            needs: for each output to finish, the keys of the tasks that are not journaled yet.
+            needs: for each output to finish, the keys of the items that are not journaled yet.
             finish: given an output and whether it is full, checks what is there of it, and
                 publishes and records it if it is.
             folder: on the disk that is written to.
         """
         self._source = source
-        self._outputs = outputs
+        self._partial = partial
         self._steps = list(steps)
         self._needs = {shard: set(keys) for shard, keys in needs.items()}
         self._finish = finish
         self._folder = folder
-        self._flush_bytes = min(_FLUSH_BYTES, outputs.largest_bytes // _FLUSH_SHARE)
-        self._tasks: queue.SimpleQueue[tuple[Step, Task, Path | None] | None]
-        self._tasks = queue.SimpleQueue()
+        self._flush_bytes = min(_FLUSH_BYTES, partial.largest_bytes // _FLUSH_SHARE)
+        self._items: queue.SimpleQueue[tuple[Step, WorkItem, Path | None] | None]
+        self._items = queue.SimpleQueue()
         # Outputs for the finisher: (which, whether it is full).
         self._filled: queue.SimpleQueue[tuple[int, bool] | None] = queue.SimpleQueue()
         self._changed = threading.Condition()
         self._in_use: list[Step] = []
-        self._read = False
+        self._handed_out = False
         self._stopped = False
         self._failure: BaseException | None = None
         self._records: dict[int, ShardRecord] = {}
         self._done: dict[int, int] = {}
         self._total: dict[int, int] = {}
-        for task in (task for step in self._steps for task in step.tasks):
-            for shard in task.shards & self._needs.keys():
-                self._total[shard] = self._total.get(shard, 0) + task.size_bytes
+        for item in (item for step in self._steps for item in step.items):
+            for shard in item.shards & self._needs.keys():
+                self._total[shard] = self._total.get(shard, 0) + item.size_bytes
         self._threads: list[threading.Thread] = []
+        self.broken: int | None = None
 
     def start(self, encoders: int) -> None:
         """Begin."""
@@ -145,17 +155,17 @@ class Pipeline:
         Raises:
             GlmQuantError: whatever stopped the pipeline.
         """
-        told = -1
+        reported = -1
         while True:
             with self._changed:
                 record, failure = self._records.get(shard), self._failure
                 done, total = self._done.get(shard, 0), self._total.get(shard, 0)
-                if record is None and failure is None and not self._stopped and done == told:
+                if record is None and failure is None and not self._stopped and done == reported:
                     self._changed.wait(timeout=1.0)
                     continue
-            if progress and done != told and total:
+            if progress and done != reported and total:
                 progress(done, total)
-            told = done
+            reported = done
             if record is not None:
                 return record
             if failure is not None:
@@ -165,13 +175,13 @@ class Pipeline:
                 raise RunError("The conversion was stopped; run the same command again to go on.")
 
     def drain(self) -> None:
-        """Wait until every task is done and what it wrote is durable; then the threads have ended.
+        """Wait until every item is done and what it wrote is durable; then the threads have ended.
 
         Raises:
             GlmQuantError: whatever stopped the pipeline.
         """
         with self._changed:
-            while not self._stopped and not (self._read and not self._in_use):
+            while not self._stopped and not (self._handed_out and not self._in_use):
                 self._changed.wait(timeout=1.0)  # so that a signal is heard
             failure = self._failure
         self.stop()
@@ -185,9 +195,11 @@ class Pipeline:
             self._stopped = True
             self._changed.notify_all()
         if not ended:
+            # The reader may wait for a source shard; it is told that none is expected any more.
             self._source.expect(())
+        # One for each thread is enough, whichever of them are encoders.
         for _ in self._threads:
-            self._tasks.put(None)
+            self._items.put(None)
         self._filled.put(None)
         for thread in self._threads:
             thread.join()
@@ -198,6 +210,7 @@ class Pipeline:
             run()
         except BaseException as error:
             with self._changed:
+                # The first failure is the cause; what follows from stopping is not one.
                 if self._failure is None and not self._stopped:
                     self._failure = error
                 self._stopped = True
@@ -208,6 +221,7 @@ class Pipeline:
         places = self._source.places or _SHARDS_IN_USE
         for step in self._steps:
             with self._changed:
+                # A step counts until it is flushed: only then may its source shard be evicted.
                 self._changed.wait_for(
                     lambda: self._stopped or len(self._in_use) < min(places, _SHARDS_IN_USE)
                 )
@@ -216,41 +230,42 @@ class Pipeline:
                 self._in_use.append(step)
             _require_spare_space(self._folder)
             path = None if step.source is None else self._source.acquire(step.source)
-            for shard in sorted({shard for task in step.tasks for shard in task.shards}):
-                self._outputs.open(shard)
-            for task in step.tasks:
-                self._tasks.put((step, task, path))
+            for shard in sorted({shard for item in step.items for shard in item.shards}):
+                self._partial.open(shard)
+            for item in step.items:
+                self._items.put((step, item, path))
         with self._changed:
-            self._read = True
+            self._handed_out = True
             self._changed.notify_all()
 
     def _encode(self) -> None:
-        while (handed := self._tasks.get()) is not None and not self._stopped:
-            step, task, path = handed
-            entry = task.run(path)
+        while (handed := self._items.get()) is not None and not self._stopped:
+            step, item, path = handed
+            entry = item.run(path)
             with self._changed:
-                self._outputs.finish_job(entry)
-                step.left -= 1
-                for shard in task.shards & self._needs.keys():
-                    self._done[shard] = self._done.get(shard, 0) + task.size_bytes
+                self._partial.finish_job(entry)
+                step.pending -= 1
+                for shard in item.shards & self._needs.keys():
+                    self._done[shard] = self._done.get(shard, 0) + item.size_bytes
                 self._changed.notify_all()
                 # A slow disk must not let more and more bytes wait to be made durable.
                 self._changed.wait_for(
-                    lambda: self._stopped or self._outputs.unflushed_bytes < 2 * self._flush_bytes
+                    lambda: self._stopped or self._partial.unflushed_bytes < 2 * self._flush_bytes
                 )
 
     def _flush(self) -> None:
         while True:
             with self._changed:
                 self._changed.wait_for(self._something_to_flush)
-                encoded = [step for step in self._in_use if step.left == 0]
-                ended = self._stopped or (self._read and len(encoded) == len(self._in_use))
-            batch = self._outputs.flush()
+                encoded = [step for step in self._in_use if step.pending == 0]
+                ended = self._stopped or (self._handed_out and len(encoded) == len(self._in_use))
+            batch = self._partial.flush()
             # Before the reader hears that there is room for another one: the source counts them.
             for step in encoded:
                 if step.source is not None and not self._stopped:
                     self._source.release(step.source)
             with self._changed:
+                # Not full yet, but what is complete of it can be read again meanwhile.
                 for shard in {piece.shard for entry in batch for piece in entry.pieces}:
                     if shard in self._needs:
                         self._filled.put((shard, False))
@@ -264,9 +279,9 @@ class Pipeline:
     def _something_to_flush(self) -> bool:
         return (
             self._stopped
-            or self._outputs.unflushed_bytes >= self._flush_bytes
-            or any(step.left == 0 for step in self._in_use)
-            or (self._read and not self._in_use)
+            or self._partial.unflushed_bytes >= self._flush_bytes
+            or any(step.pending == 0 for step in self._in_use)
+            or (self._handed_out and not self._in_use)
         )
 
     def _count(self, key: str) -> None:
@@ -281,7 +296,11 @@ class Pipeline:
             filled = self._filled.get()
             if filled is None or self._stopped:
                 return
-            record = self._finish(*filled)
+            try:
+                record = self._finish(*filled)
+            except IntegrityError:
+                self.broken = filled[0]
+                raise
             if record is not None:
                 with self._changed:
                     self._records[filled[0]] = record

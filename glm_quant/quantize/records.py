@@ -1,4 +1,4 @@
-"""What is written down of each finished output shard."""
+"""The record of each finished output shard."""
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -24,8 +24,8 @@ class ShardInputs(BaseModel):
     sources: dict[str, str]
 
 
-class KeptElsewhere(Record):
-    """A finished shard whose local copy was let go: its bytes are at `target`, proved there."""
+class RemoteShard(Record):
+    """A finished shard that was deleted here because `target` has its bytes, proved there."""
 
     target: str
 
@@ -37,7 +37,7 @@ class ShardRecord(Record):
         inputs: what the fingerprint was made of, so that a change can be named.
         tensors: sha256 of each tensor's bytes.
         sources: for each source tensor, the sha256 of the row blocks that were read, in order.
-        keys: for each weight, the hash of all that decides its bytes (`reuse.weight_key`).
+        keys: for each weight, the hash of all that decides its bytes (`outputs.weight_key`).
         fidelity: how near the codes of each quantized weight are to it.
     """
 

@@ -12,8 +12,8 @@ from glm_quant.errors import WeightError
 from glm_quant.fingerprint import fingerprint
 
 
-class Account:
-    """The source tensors that were read so far, by their content."""
+class SourceCheck:
+    """Checks source tensors as their blocks are read, against each other and for zeros."""
 
     def __init__(self, tensors: Mapping[str, TensorInfo], blocks: Mapping[str, int]) -> None:
         """Begin with nothing read.
@@ -29,14 +29,15 @@ class Account:
         self._by_content: dict[str, str] = {}
         self._zeros: dict[int, str] = {}
 
-    def note(self, source: str, begin_row: int, digest: str, all_zero: bool) -> None:
-        """Take note of one block of a tensor.
+    def add_block(self, source: str, begin_row: int, digest: str, all_zero: bool) -> None:
+        """Add one block of a tensor.
 
         Raises:
             WeightError: the tensor is whole now, and all zero or the same as another.
         """
         blocks = self._read.setdefault(source, {})
         if not blocks:
+            # Zero until one of its blocks is not.
             self._all_zero.add(source)
         if not all_zero:
             self._all_zero.discard(source)
@@ -49,10 +50,10 @@ class Account:
                     f"{info.shard}: tensor {source} {list(info.shape)} is all zero. Fetch the "
                     "shard again; if it is the same, the release itself is broken."
                 )
-            self.note_whole(source, [blocks[row] for row in sorted(blocks)])
+            self.add_tensor(source, [blocks[row] for row in sorted(blocks)])
 
-    def note_whole(self, source: str, digests: list[str]) -> None:
-        """Take note of a whole tensor by the digests of its blocks.
+    def add_tensor(self, source: str, digests: list[str]) -> None:
+        """Add a whole tensor by the digests of its blocks.
 
         Raises:
             WeightError: it is the same as another.
@@ -60,6 +61,7 @@ class Account:
         info = self._tensors[source]
         if len(info.shape) < 2:
             return
+        # The shape belongs to it: a prefix of a larger tensor in equal blocks is no copy.
         content = fingerprint([info.shape, info.dtype, *digests])
         twin = self._by_content.setdefault(content, source)
         if twin != source:

@@ -10,8 +10,8 @@ from rich.text import Text
 
 from glm_quant.evaluation.divergence_record import DivergenceRecord
 from glm_quant.evaluation.records import EvaluationRecord
+from glm_quant.quantize.outputs import Outputs
 from glm_quant.quantize.plan import GroupTotals, Plan
-from glm_quant.quantize.schedule import Schedule
 from glm_quant.report import format as say
 from glm_quant.report.correctness import ParityRow, parity_value
 from glm_quant.report.inputs import CardInputs
@@ -22,7 +22,7 @@ def plan_summary(
     plan: Plan,
     title: str,
     context_limit: int | None = None,
-    schedule: Schedule | None = None,
+    outputs: Outputs | None = None,
 ) -> RenderableType:
     """Return a plan as a table with its totals.
 
@@ -30,7 +30,7 @@ def plan_summary(
         plan: what would be made.
         title: recipe and source, for the heading.
         context_limit: config.json's max_position_embeddings, to state the memory at 8K tokens.
-        schedule: what carrying it out takes.
+        outputs: those of the plan, to state what carrying it out takes.
     """
     shards = len(plan.shards)
     disk = sum(shard.size_bytes for shard in plan.shards)
@@ -44,10 +44,10 @@ def plan_summary(
         lines.append(
             f"{say.size(need.total_bytes)} of memory to read {say.tokens(need.context)} tokens"
         )
-    if schedule:
+    if outputs:
         lines.append(
-            f"{len(schedule.source_shards)} source shards are read in the order in which they are "
-            f"stored; at most {schedule.open_outputs} of the outputs are open at a time"
+            f"{len(outputs.source_order)} source shards are read in the order in which they are "
+            f"stored; at most {outputs.most_open} of the outputs are open at a time"
         )
     if plan.dropped:
         lines.append(f"{len(plan.dropped):,} tensors of the source are left out (MTP)")

@@ -49,7 +49,7 @@ def shard_rows(build: Build) -> Rows:
     """Return a row for each output shard: what it is, and whether it is finished."""
     rows: Rows = []
     for number, shard in enumerate(build.plan.shards):
-        record = build.conversion.finished(number)
+        record = build.conversion.outputs.finished(number)
         rows.append(
             {
                 "file": shard.name,

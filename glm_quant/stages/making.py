@@ -123,7 +123,7 @@ def plan_figures(build: Build) -> PlanFigures:
     """Return the figures of a build's plan."""
     plan = build.plan
     limit = int(build.checkpoint.config.get("max_position_embeddings", 0))
-    schedule = build.conversion.schedule
+    outputs = build.conversion.outputs
     disk = sum(shard.size_bytes for shard in plan.shards)
     needs = memory_needs(plan.geometry, plan.tensor_bytes, limit)
     return PlanFigures(
@@ -136,12 +136,9 @@ def plan_figures(build: Build) -> PlanFigures:
         groups=plan.groups(),
         dropped=len(plan.dropped),
         disk_bytes=disk,
-        source_shards=len(schedule.source_shards),
-        open_outputs=schedule.open_outputs,
-        peak_disk_bytes=max(
-            schedule.peak_disk_bytes(disk, build.checkpoint.files, build.checkpoint.source.places),
-            disk + build.pass_bytes,
-        ),
+        source_shards=len(outputs.source_order),
+        open_outputs=outputs.most_open,
+        peak_disk_bytes=max(outputs.peak_disk_bytes, disk + build.pass_bytes),
         memory_bytes={need.context: need.total_bytes for need in needs},
         calibrates=build.recipe.own_calibration is not None,
     )
@@ -160,7 +157,7 @@ class PlanStage(Stage[PlanRecord]):
         shards = range(len(self.build.plan.shards))
         return {
             "recipe": self.build.recipe.name,
-            "shards": [conversion.layout(shard) for shard in shards],
+            "shards": [conversion.outputs.layout(shard) for shard in shards],
         }
 
     def make(self, progress: Progress) -> PlanRecord:
@@ -248,7 +245,7 @@ class QuantizeStage(Stage[ShardRecord]):
     @property
     def record_path(self) -> Path:
         """Where the shard's record stands."""
-        return self.build.conversion.record_path(self.shard)
+        return self.build.conversion.outputs.record_path(self.shard)
 
     @property
     def root(self) -> Path:
@@ -257,15 +254,15 @@ class QuantizeStage(Stage[ShardRecord]):
 
     def inputs(self) -> Canonical:
         """Return the shard's inputs; its fingerprint is the conversion's own."""
-        return self.build.conversion.fingerprint(self.shard)
+        return self.build.conversion.outputs.fingerprint(self.shard)
 
     def fingerprint(self) -> str:
         """Return the fingerprint under which the conversion records the shard."""
-        return self.build.conversion.fingerprint(self.shard)
+        return self.build.conversion.outputs.fingerprint(self.shard)
 
     def is_whole(self, record: ShardRecord) -> bool:
         """Whether the shard is here, or kept elsewhere."""
-        return all(map(self.build.conversion.is_kept, record.outputs))
+        return all(map(self.build.conversion.outputs.is_kept, record.outputs))
 
     def make(self, progress: Progress) -> ShardRecord:
         """Complete the shard."""
@@ -311,11 +308,9 @@ class AssembleStage(Stage[BuildRecord]):
 
     def inputs(self) -> Canonical:
         """Return the shards' fingerprints, the files that come along, the runtime, the recipe."""
-        build = self.build
+        build, outputs = self.build, self.build.conversion.outputs
         return {
-            "shards": [
-                build.conversion.fingerprint(shard) for shard in range(len(build.plan.shards))
-            ],
+            "shards": [outputs.fingerprint(shard) for shard in range(len(build.plan.shards))],
             "companions": {
                 name: build.checkpoint.files[name].identity
                 for name in ("config.json", *COMPANIONS)
@@ -328,7 +323,7 @@ class AssembleStage(Stage[BuildRecord]):
 
     def is_whole(self, record: BuildRecord) -> bool:
         """Whether every file is here; shards may be kept elsewhere."""
-        return all(map(self.build.conversion.is_kept, record.outputs))
+        return all(map(self.build.conversion.outputs.is_kept, record.outputs))
 
     def make(self, progress: Progress) -> BuildRecord:
         """Write everything that is not weights, manifest last."""

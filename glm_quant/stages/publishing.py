@@ -16,7 +16,7 @@ from glm_quant.errors import PublishError, SourceError
 from glm_quant.fingerprint import Canonical, fingerprint
 from glm_quant.hub.retry import Patience
 from glm_quant.hub.target import Diff, Target, compare
-from glm_quant.quantize.convert import KeptElsewhere, Progress, ShardRecord
+from glm_quant.quantize.convert import Progress, RemoteShard, ShardRecord
 from glm_quant.stages.base import Stage, StageResult
 from glm_quant.stages.gates import publishable_files
 from glm_quant.stages.making import AssembleStage
@@ -54,7 +54,7 @@ def elsewhere(build: Build) -> list[int]:
     return [
         i
         for i, shard in enumerate(build.plan.shards)
-        if not (folder / shard.name).exists() and build.conversion.finished(i) is not None
+        if not (folder / shard.name).exists() and build.conversion.outputs.finished(i) is not None
     ]
 
 
@@ -86,7 +86,7 @@ class UploadStage(Stage[UploadRecord]):
     def inputs(self) -> Canonical:
         """Return the shard, the target, and where in it."""
         return {
-            "shard": self.build.conversion.fingerprint(self.shard),
+            "shard": self.build.conversion.outputs.fingerprint(self.shard),
             "target": self.target,
             "build": build_id(self.build),
         }
@@ -116,7 +116,7 @@ class UploadStage(Stage[UploadRecord]):
         return f"{record.file.path}: {record.file.size_bytes / 1e6:,.1f} MB at {record.target}"
 
     def _finished(self) -> ShardRecord:
-        record = self.build.conversion.finished(self.shard)
+        record = self.build.conversion.outputs.finished(self.shard)
         if record is None:
             name = self.build.plan.shards[self.shard].name
             raise PublishError(f"{name}: the shard is not finished; run again.")
@@ -138,7 +138,7 @@ def let_go(build: Build, shards: Iterable[int], failed: Collection[str] = ()) ->
     if not build.lets_go or not targets or AssembleStage(build).current():
         return
     for shard in shards:
-        record = build.conversion.finished(shard) if is_here(build, shard) else None
+        record = build.conversion.outputs.finished(shard) if is_here(build, shard) else None
         if record and all(UploadStage(build, shard, target).current() for target in targets):
             file = record.outputs[0]
             _note_elsewhere(build, record, targets[0])
@@ -158,11 +158,11 @@ def take_over(build: Build) -> None:
     if build.recipe.records is None:
         return
     for i in range(len(build.plan.shards)):
-        record = ShardRecord.load(build.conversion.record_path(i))
-        if record is None or record.fingerprint != build.conversion.fingerprint(i):
+        record = ShardRecord.load(build.conversion.outputs.record_path(i))
+        if record is None or record.fingerprint != build.conversion.outputs.fingerprint(i):
             continue
         file = record.outputs[0]
-        if build.conversion.is_kept(file):
+        if build.conversion.outputs.is_kept(file):
             continue
         for target in build.targets:
             upload = UploadStage(build, i, target)
@@ -177,8 +177,8 @@ def take_over(build: Build) -> None:
 def _note_elsewhere(build: Build, record: ShardRecord, target: str) -> None:
     """Record that a finished shard is at a target, so that it need not be here."""
     file = record.outputs[0]
-    mark = KeptElsewhere(fingerprint=record.fingerprint, outputs=[file], target=target)
-    mark.save(build.conversion.elsewhere_path(file.path))
+    mark = RemoteShard(fingerprint=record.fingerprint, outputs=[file], target=target)
+    mark.save(build.conversion.outputs.remote_record_path(file.path))
 
 
 class RestoreRecord(Record):
@@ -209,7 +209,7 @@ class RestoreStage(Stage[RestoreRecord]):
 
     def inputs(self) -> Canonical:
         """Return the shard."""
-        return {"shard": self.build.conversion.fingerprint(self.shard)}
+        return {"shard": self.build.conversion.outputs.fingerprint(self.shard)}
 
     def make(self, progress: Progress) -> RestoreRecord:
         """Fetch the shard from the first target that has it.
@@ -225,8 +225,9 @@ class RestoreStage(Stage[RestoreRecord]):
             "fetching the build back for parity and evaluation (every shard is safe at its "
             "targets; on a machine with more room, go on with a copy of this workspace)",
         )
-        mark = self.build.conversion.elsewhere_path(self.build.plan.shards[self.shard].name)
-        kept = KeptElsewhere.load(mark)
+        name = self.build.plan.shards[self.shard].name
+        mark = self.build.conversion.outputs.remote_record_path(name)
+        kept = RemoteShard.load(mark)
         for target in early_targets(self.build) if kept else ():
             if kept and self._fetch(target, kept.outputs[0]):
                 progress(1, 1)

@@ -171,7 +171,7 @@ def test_shards_leave_the_disk_though_a_target_is_away(
     assert sent(spec, HERE) == shards
     place.faults.clear()
     for i in shards:
-        build.conversion.finished(i).outputs[0].check(here)
+        build.conversion.outputs.finished(i).outputs[0].check(here)
         UploadStage(build, i, AWAY).run(lambda *_: None)
     assert sent(spec, AWAY) == shards
 

@@ -21,7 +21,7 @@ from glm_quant.checkpoint.reader import Checkpoint
 from glm_quant.codes import encode
 from glm_quant.data import tiny_glm_path
 from glm_quant.model.glm_moe_dsa import Model, ModelArgs
-from glm_quant.quantize import ledger
+from glm_quant.quantize import outputs
 from glm_quant.quantize.jobs import Job, make_jobs
 from glm_quant.quantize.plan import Plan
 from glm_quant.quantize.verify import verify
@@ -213,7 +213,7 @@ def test_bytes_do_not_depend_on_how(
     """Number of workers, size of blocks and order of jobs leave every shard's sha256 the same."""
     demo_recipe = with_quantizer(demo_recipe, quantizer)
     expected = digests(prepare(small, tmp_path / "plain", demo_recipe, 1))
-    monkeypatch.setattr(ledger, "make_jobs", jobs)
+    monkeypatch.setattr(outputs, "make_jobs", jobs)
     assert digests(prepare(small, tmp_path / "other", demo_recipe, workers)) == expected
 
 

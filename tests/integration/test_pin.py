@@ -85,7 +85,7 @@ def test_a_build_that_was_begun_goes_on_with_its_commit(
     second = hub.add_folder(REPO, newer)
     goes_on = opened(uri, recipe, output)
     assert goes_on.checkpoint.source.uri == f"hf://{REPO}@{first}"
-    assert goes_on.conversion.finished(0) is not None
+    assert goes_on.conversion.outputs.finished(0) is not None
     convert_to_folder(goes_on, Silent())
     assert weights(output) == weights(tmp_path / "plain")
     manifest = json.loads((output / "manifest.json").read_bytes())

@@ -202,7 +202,7 @@ def test_killed_between_the_rename_and_the_record(
             halfway.conversion.complete(shard)
     path = halfway.output / halfway.plan.shards[shard].name
     inode = path.stat().st_ino
-    assert halfway.conversion.finished(shard) is None
+    assert halfway.conversion.outputs.finished(shard) is None
     told: list[int] = []
     halfway.conversion.complete(shard, lambda _, total: told.append(total))
     assert not told, "its source was read again"
@@ -280,7 +280,7 @@ def test_changed_source(
     drawn = [
         again.output / planned.name
         for i, planned in enumerate(again.plan.shards)
-        if (record := again.conversion.finished(i)) and shard in record.inputs.sources
+        if (record := again.conversion.outputs.finished(i)) and shard in record.inputs.sources
     ]
     assert 0 < len(drawn) < len(again.plan.shards)
     assert [p for p in again.shard_files if stamp(p) != before[p]] == drawn

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from glm_quant.errors import IntegrityError
-from glm_quant.quantize import worker
+from glm_quant.quantize import job_runner
 from glm_quant.quantize.convert import Conversion
 from glm_quant.recipe import Recipe, Rule
 from tests.conftest import Made
@@ -40,13 +40,13 @@ def with_rule(recipe: Recipe, group: str, bits: int) -> Recipe:
 def read(first: Made, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Give the source tensors that are read from here on."""
     names: list[str] = []
-    load = worker.load_job
+    load = job_runner.load_job
 
-    def noted(job: worker.Job, *rest: object) -> object:
+    def noted(job: job_runner.Job, *rest: object) -> object:
         names.append(job.source)
         return load(job, *rest)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(worker, "load_job", noted)
+    monkeypatch.setattr(job_runner, "load_job", noted)
     return names
 
 

@@ -20,7 +20,7 @@ Prepare = Callable[..., Made]
 def test_record_accounts_for_the_shard(made: Made) -> None:
     """A shard's record has its digest, each tensor's, and those of the source bytes behind it."""
     for number, path in enumerate(made.shard_files):
-        record = made.conversion.finished(number)
+        record = made.conversion.outputs.finished(number)
         assert record is not None
         data = path.read_bytes()
         assert record.outputs[0].sha256 == hashlib.sha256(data).hexdigest()
@@ -51,7 +51,7 @@ def test_fingerprint_sees_what_decides_bytes(small: Path, tmp_path: Path, prepar
     recipe = load_recipe(PLAIN)
     plain = prepare(small, tmp_path, recipe).conversion
     same = prepare(small, tmp_path / "other", recipe, 2).conversion
-    assert plain.fingerprint(0) == same.fingerprint(0)
+    assert plain.outputs.fingerprint(0) == same.outputs.fingerprint(0)
     rules = tuple(
         rule.model_copy(update={"bits": 3}) if rule.group == "routed_experts" else rule
         for rule in recipe.rules
@@ -59,7 +59,9 @@ def test_fingerprint_sees_what_decides_bytes(small: Path, tmp_path: Path, prepar
     changed = recipe.model_copy(update={"rules": rules})
     smaller = recipe.model_copy(update={"shard_bytes": 100_000})
     for other in (changed, smaller):
-        assert prepare(small, tmp_path, other).conversion.fingerprint(0) != plain.fingerprint(0)
+        assert prepare(small, tmp_path, other).conversion.outputs.fingerprint(
+            0
+        ) != plain.outputs.fingerprint(0)
 
 
 def test_another_quantizer_remakes_what_it_is_for(
@@ -76,7 +78,7 @@ def test_another_quantizer_remakes_what_it_is_for(
     after = prepare(small, tmp_path, recipe.model_copy(update={"rules": rules})).conversion
     for i, shard in enumerate(before.plan.shards):
         holds_experts = any(".switch_mlp." in tensor.name for tensor in shard.tensors)
-        assert (before.fingerprint(i) != after.fingerprint(i)) == holds_experts
+        assert (before.outputs.fingerprint(i) != after.outputs.fingerprint(i)) == holds_experts
         assert after.plan.shards[i] == shard  # the same bytes in the same places
 
 
@@ -89,7 +91,7 @@ def test_fingerprint_sees_the_source(
     os.utime(file, ns=(0, 0))
     after = prepare(small_copy, tmp_path / "w", demo_recipe).conversion
     shards = range(len(before.plan.shards))
-    changed = [i for i in shards if before.fingerprint(i) != after.fingerprint(i)]
+    changed = [i for i in shards if before.outputs.fingerprint(i) != after.outputs.fingerprint(i)]
     assert 0 < len(changed) < len(shards)
 
 
@@ -110,13 +112,13 @@ def test_progress_is_told(
 
 def test_record_of_another_version_is_not_used(made: Made) -> None:
     """A record whose fingerprint is not today's, or that cannot be read, does not count."""
-    path = made.conversion.record_path(0)
+    path = made.conversion.outputs.record_path(0)
     record = ShardRecord.load(path)
     assert record is not None
     record.model_copy(update={"fingerprint": "0" * 64}).save(path)
-    assert made.conversion.finished(0) is None
+    assert made.conversion.outputs.finished(0) is None
     path.write_text("{")
-    assert made.conversion.finished(0) is None
+    assert made.conversion.outputs.finished(0) is None
 
 
 def test_source_that_shrinks_while_it_is_read(

@@ -303,6 +303,6 @@ def test_a_build_whose_shards_are_let_go_needs_less_disk(
     for let_go in (False, True):
         conversion.check_space(let_go)
     sizes = sorted(shard.size_bytes for shard in conversion.plan.shards)
-    open_at_once = conversion.schedule.open_outputs
+    open_at_once = conversion.outputs.most_open
     assert asked == [sum(sizes), sum(sizes[-open_at_once - 1 :])]
     assert open_at_once + 1 < len(sizes)

@@ -14,9 +14,14 @@ from glm_quant.checkpoint.header import ITEM_SIZE, header_length, parse_header
 from glm_quant.checkpoint.reader import Checkpoint
 from glm_quant.codes.scheme import Quantized, Stored
 from glm_quant.errors import RecipeError
-from glm_quant.quantize.jobs import Job, make_jobs
+from glm_quant.quantize.jobs import (
+    Job,
+    check_open_outputs,
+    count_open_outputs,
+    make_jobs,
+    source_order,
+)
 from glm_quant.quantize.plan import Plan, make_plan
-from glm_quant.quantize.schedule import Schedule
 from glm_quant.recipe import load_recipe
 from tests.synthetic import small_config
 
@@ -203,13 +208,14 @@ def test_few_outputs_are_open(release: Path) -> None:
     """GLM-5.2's outputs fill in order: three at most are open, and 3 of 282 shards are not read."""
     checkpoint = Checkpoint.open(release)
     plan = make_plan(checkpoint, load_recipe("dynamic-2.56bpw"))
-    schedule = Schedule.of(make_jobs(plan), checkpoint.index.weight_map)
-    assert schedule.open_outputs == 3
-    assert len(schedule.source_shards) == 279
-    assert list(schedule.source_shards) == sorted(schedule.source_shards)
+    jobs, weight_map = make_jobs(plan), checkpoint.index.weight_map
+    assert count_open_outputs(jobs, weight_map) == 3
+    order = source_order(jobs, weight_map)
+    assert len(order) == 279
+    assert list(order) == sorted(order)
 
 
 def test_too_many_open_outputs() -> None:
     """A plan whose outputs would all be open at a time is refused, with the way out."""
     with pytest.raises(RecipeError, match=r"65 output shards would be open .* at most 64"):
-        Schedule((), 65).check()
+        check_open_outputs(65)

@@ -1,4 +1,4 @@
-"""What a plan asks for, and what of it is done: jobs, fingerprints, records."""
+"""The output shards of a plan in a workspace: what each is made of, and whether it is finished."""
 
 import hashlib
 import logging
@@ -11,17 +11,24 @@ from glm_quant.checkpoint.reader import Checkpoint
 from glm_quant.codes.encode import VERSION
 from glm_quant.fingerprint import Canonical, fingerprint
 from glm_quant.model.restructure import Part
-from glm_quant.quantize.jobs import Job, make_jobs
+from glm_quant.quantize.jobs import Job, count_open_outputs, make_jobs, source_order
 from glm_quant.quantize.plan import Plan, PlannedWeight
-from glm_quant.quantize.records import KeptElsewhere, ShardInputs, ShardRecord
-from glm_quant.quantize.schedule import Schedule
+from glm_quant.quantize.records import RemoteShard, ShardInputs, ShardRecord
 from glm_quant.workspace import Workspace
 
 _log = logging.getLogger(__name__)
 
 
-class Ledger:
-    """One plan in one workspace."""
+class Outputs:
+    """The output shards of one plan in one workspace, by number.
+
+    Attributes:
+        checkpoint: the source.
+        plan: what is made of it.
+        workspace: where.
+        jobs: the plan cut into jobs.
+        jobs_of: those that write to each shard.
+    """
 
     def __init__(self, checkpoint: Checkpoint, plan: Plan, workspace: Workspace) -> None:
         """Cut the plan into jobs; nothing is read yet."""
@@ -35,24 +42,41 @@ class Ledger:
                 self.jobs_of[shard].append(job)
 
     @cached_property
-    def schedule(self) -> Schedule:
-        """In which order source shards are read."""
-        return Schedule.of(self.jobs, self.checkpoint.index.weight_map)
+    def source_order(self) -> tuple[str, ...]:
+        """The source shards that are read, in order."""
+        return source_order(self.jobs, self.checkpoint.index.weight_map)
+
+    @cached_property
+    def most_open(self) -> int:
+        """How many shards at most are begun and not full at a time."""
+        return count_open_outputs(self.jobs, self.checkpoint.index.weight_map)
+
+    @property
+    def peak_disk_bytes(self) -> int:
+        """The most that stands on disk at a time: all outputs, and the fetched source shards."""
+        source = self.checkpoint.source
+        sizes = sorted(
+            self.checkpoint.files[name].size_bytes
+            for name in self.source_order
+            if name in self.checkpoint.files
+        )
+        fetched = sum(sizes[-source.places :]) if source.places else 0
+        return sum(shard.size_bytes for shard in self.plan.shards) + fetched
 
     @cached_property
     def inputs(self) -> list[ShardInputs]:
-        """What the fingerprint of each output shard is made of."""
+        """What the fingerprint of each shard is made of."""
         self.checkpoint.require_weights()
         return [self._inputs_of(shard) for shard in range(len(self.plan.shards))]
 
     @cached_property
     def weights_of(self) -> list[list[PlannedWeight]]:
-        """The weights that have a tensor in each output shard."""
-        found: list[list[PlannedWeight]] = [[] for _ in self.plan.shards]
+        """The weights that have a tensor in each shard."""
+        weights: list[list[PlannedWeight]] = [[] for _ in self.plan.shards]
         for planned in self.plan.weights:
             for shard in sorted({tensor.shard for tensor in planned.tensors}):
-                found[shard].append(planned)
-        return found
+                weights[shard].append(planned)
+        return weights
 
     @cached_property
     def keys(self) -> dict[str, str]:
@@ -63,11 +87,11 @@ class Ledger:
         }
 
     def fingerprint(self, shard: int) -> str:
-        """Return the fingerprint of an output shard: of everything that decides its bytes."""
+        """Return the fingerprint of a shard: of everything that decides its bytes."""
         return fingerprint(self.inputs[shard].model_dump())
 
     def layout(self, shard: int) -> str:
-        """Return the fingerprint of an output shard without its calibration: known before that."""
+        """Return the fingerprint of a shard without its calibration, which is known later."""
         layout = self.inputs[shard].model_dump()
         layout["schemes"] = {
             planned.weight.name: planned.scheme.describe() for planned in self.weights_of[shard]
@@ -76,52 +100,54 @@ class Ledger:
 
     @cached_property
     def whole_layout(self) -> str:
-        """The fingerprint of all output shards without their calibration."""
+        """The fingerprint of all shards without their calibration."""
         return fingerprint([self.layout(shard) for shard in range(len(self.plan.shards))])
 
     def record_path(self, shard: int) -> Path:
-        """Return where the record of an output shard stands."""
+        """Return where the record of a shard stands."""
         return self.workspace.shard_records / f"{self.plan.shards[shard].name}.json"
 
     def finished(self, shard: int) -> ShardRecord | None:
-        """Return the record of an output shard if it is today's and the file is kept."""
+        """Return the record of a shard if it is today's and the file is kept."""
         record = ShardRecord.load(self.record_path(shard))
         if record is None or not all(map(self.is_kept, record.outputs)):
             return None
         if record.fingerprint != self.fingerprint(shard):
-            today, then = self.inputs[shard].model_dump(), record.inputs.model_dump()
-            drifted = [key for key in today if today[key] != then[key]]
+            today, recorded = self.inputs[shard].model_dump(), record.inputs.model_dump()
+            changed = [key for key in today if today[key] != recorded[key]]
             name = self.plan.shards[shard].name
-            _log.info("%s is made again: %s changed", name, ", ".join(drifted))
+            _log.info("%s is made again: %s changed", name, ", ".join(changed))
             return None
         return record
 
-    def elsewhere_path(self, name: str) -> Path:
-        """Return where it stands that a shard's local copy was let go."""
+    def unfinished(self) -> list[int]:
+        """Return the shards that are to be made."""
+        return [i for i in range(len(self.plan.shards)) if self.finished(i) is None]
+
+    def remote_record_path(self, name: str) -> Path:
+        """Return where it is recorded that a shard stands at a target only."""
         return self.workspace.shard_records / f"{name}.elsewhere.json"
 
     def is_kept(self, file: FileDigest) -> bool:
-        """Whether a finished file is here, or is a shard that was let go and is kept elsewhere."""
+        """Whether a finished file is here, or is a shard that stands at a target only."""
         if file.is_there(self.workspace.checkpoint):
             return True
-        elsewhere = KeptElsewhere.load(self.elsewhere_path(file.path))
-        return elsewhere is not None and elsewhere.outputs == [file]
-
-    def unfinished(self) -> list[int]:
-        """Return the output shards that are to be made."""
-        return [i for i in range(len(self.plan.shards)) if self.finished(i) is None]
+        remote = RemoteShard.load(self.remote_record_path(file.path))
+        return remote is not None and remote.outputs == [file]
 
     def _inputs_of(self, shard: int) -> ShardInputs:
         weight_map, files = self.checkpoint.index.weight_map, self.checkpoint.files
-        read = {job.source for job in self.jobs_of[shard]}
-        read |= {
-            scale_name(name) for name in read if self.checkpoint.tensors[name].dtype == FP8_DTYPE
+        sources = {job.source for job in self.jobs_of[shard]}
+        sources |= {
+            scale_name(name) for name in sources if self.checkpoint.tensors[name].dtype == FP8_DTYPE
         }
         return ShardInputs(
             version=VERSION,
             layout=hashlib.sha256(self.plan.shards[shard].header).hexdigest(),
             schemes={planned.weight.name: planned.describe() for planned in self.weights_of[shard]},
-            sources={name: files[name].identity for name in sorted({weight_map[s] for s in read})},
+            sources={
+                name: files[name].identity for name in sorted({weight_map[s] for s in sources})
+            },
         )
 
 
@@ -142,6 +168,7 @@ def _part_key(part: Part, checkpoint: Checkpoint) -> Canonical:
     info = checkpoint.tensors[part.source]
     places = [info]
     if info.dtype == FP8_DTYPE:
+        # The stored bytes of an FP8 weight depend on its scales, which are a tensor of their own.
         places.append(checkpoint.tensors[scale_name(part.source)])
     return [
         part.transform,
@@ -152,10 +179,10 @@ def _part_key(part: Part, checkpoint: Checkpoint) -> Canonical:
 
 
 def _content(checkpoint: Checkpoint, shard: str) -> str:
-    """Return the identity of a file; size and time alone say nothing outside of one folder."""
+    """Return what identifies a file's content.
+
+    Size and time alone say nothing outside of one folder, so its place is added to them.
+    """
     identity = checkpoint.files[shard].identity
-    return (
-        identity
-        if ":" in identity and not identity.startswith("stat:")
-        else (f"{checkpoint.source.uri}/{shard}:{identity}")
-    )
+    is_content = ":" in identity and not identity.startswith("stat:")
+    return identity if is_content else f"{checkpoint.source.uri}/{shard}:{identity}"

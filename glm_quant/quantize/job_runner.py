@@ -1,7 +1,7 @@
 """Doing a job: its rows are read, looked at, encoded, and written where they belong.
 
-The passes over a plan share it: the one that makes whole outputs (`batch`), and the one that
-encodes each layer as soon as its calibration is known (`ahead`).
+Both passes over a plan use it: the one that makes whole outputs (`remaining`), and the one that
+encodes each layer as soon as its calibration is known (`early_encode`).
 """
 
 import threading
@@ -18,88 +18,90 @@ from glm_quant.codes.fidelity import Fidelity
 from glm_quant.errors import IntegrityError
 from glm_quant.quantize.jobs import Job, block_of, encode_job, load_job
 from glm_quant.quantize.journal import Entry, Piece
-from glm_quant.quantize.ledger import Ledger
+from glm_quant.quantize.outputs import Outputs
 from glm_quant.quantize.partial import PartialOutputs
-from glm_quant.quantize.pipeline import Task
+from glm_quant.quantize.pipeline import WorkItem
 from glm_quant.quantize.records import ShardRecord
-from glm_quant.quantize.sanity import Account
+from glm_quant.quantize.sanity import SourceCheck
 
 
-class Worker:
+class JobRunner:
     """Does the jobs of a plan; several threads may use it."""
 
     def __init__(
         self,
-        ledger: Ledger,
-        outputs: PartialOutputs,
+        outputs: Outputs,
+        partial: PartialOutputs,
         finished: Iterable[ShardRecord],
         checkpoint: Checkpoint | None = None,
     ) -> None:
-        """Take account of the source tensors that were read in earlier runs.
+        """Tell the checks of source tensors what earlier runs have read.
 
         Args:
-            ledger: the plan.
-            outputs: where bytes go.
+            outputs: those of the plan.
+            partial: where bytes go.
             finished: records of the outputs that are whole.
-            checkpoint: where rows are read; default: the ledger's.
+            checkpoint: where rows are read; default: that of the outputs.
         """
-        self._geometry = ledger.plan.geometry
-        self._checkpoint = checkpoint or ledger.checkpoint
-        self._outputs = outputs
+        self._geometry = outputs.plan.geometry
+        self._checkpoint = checkpoint or outputs.checkpoint
+        self._partial = partial
         self._thread = threading.local()
         self._lock = threading.Lock()
-        self._account = Account(
-            ledger.checkpoint.tensors, Counter(job.source for job in ledger.jobs)
+        self._check = SourceCheck(
+            outputs.checkpoint.tensors, Counter(job.source for job in outputs.jobs)
         )
         for record in finished:
             for source, digests in record.sources.items():
-                self._account.note_whole(source, digests)
-        sizes = {job.block: (job.source, job.begin_row, self._size(job)) for job in ledger.jobs}
-        for entry in outputs.done.values():
-            if (block := block_of(entry.job)) in sizes:
-                source, row, size = sizes[block]
-                zero = self._account.is_of_zeros(entry.source_sha256, size)
-                self._account.note(source, row, entry.source_sha256, zero)
+                self._check.add_tensor(source, digests)
+        blocks = {job.block: job for job in outputs.jobs}
+        for entry in partial.done.values():
+            # A journaled job of an earlier layout may have read blocks that no job reads now.
+            if job := blocks.get(block_of(entry.job)):
+                zero = self._check.is_of_zeros(entry.source_sha256, self._size(job))
+                self._check.add_block(job.source, job.begin_row, entry.source_sha256, zero)
 
-    def task(self, job: Job, shards: Collection[int]) -> Task:
+    def work_item(self, job: Job, shards: Collection[int]) -> WorkItem:
         """Return a job as the pipeline takes it.
 
         Args:
             job: what to do.
             shards: output shards that are wanted; what lies in others is left out.
         """
-        return Task(
+        return WorkItem(
             job.key,
             frozenset(job.shards.intersection(shards)),
             self._size(job),
             self._checkpoint.index.weight_map[job.source],
-            lambda path: self._do(job, path, shards),
+            lambda path: self._run(job, path, shards),
         )
 
     def _size(self, job: Job) -> int:
         item_size = ITEM_SIZE[self._checkpoint.tensors[job.source].dtype]
         return (job.end_row - job.begin_row) * job.width * item_size
 
-    def _do(self, job: Job, path: Path | None, shards: Collection[int]) -> Entry:
+    def _run(self, job: Job, path: Path | None, shards: Collection[int]) -> Entry:
         """Read a job's rows, encode them for each target, write them. Runs in an encoder."""
         source, shard = self._checkpoint.source, self._checkpoint.index.weight_map[job.source]
 
         def read(info: TensorInfo, begin: int, size: int) -> NDArray[np.uint8]:
+            # The scales of an FP8 weight may lie in another source shard than the one at hand.
             if path is None or info.shard != shard:
                 first = info.begin + begin
                 return np.frombuffer(source.read(info.shard, first, first + size), np.uint8)
+            # The buffer is for the job's rows alone: they are still in use when scales are read.
             room = self._buffer(size) if info.name == job.source else np.empty(size, np.uint8)
             return _read_file(path, info, begin, room)
 
         loaded = load_job(job, self._checkpoint, read)
         with self._lock:
-            self._account.note(job.source, job.begin_row, loaded.sha256, loaded.all_zero)
+            self._check.add_block(job.source, job.begin_row, loaded.sha256, loaded.all_zero)
         pieces: list[Piece] = []
         fidelity: dict[str, Fidelity] = {}
-        for made in encode_job(job, loaded, self._geometry, shards):
-            pieces += [self._outputs.write(*written) for written in made.written]
-            if made.fidelity:
-                fidelity[made.weight.weight.name] = made.fidelity
+        for encoded in encode_job(job, loaded, self._geometry, shards):
+            pieces += [self._partial.write(*written) for written in encoded.written]
+            if encoded.fidelity:
+                fidelity[encoded.weight.weight.name] = encoded.fidelity
         return Entry(job.key, loaded.sha256, tuple(pieces), fidelity)
 
     def _buffer(self, size: int) -> NDArray[np.uint8]:
@@ -121,6 +123,7 @@ def _read_file(
     with path.open("rb", buffering=0) as file:
         file.seek(info.begin + begin)
         filled = 0
+        # An unbuffered read may return less than it is asked for.
         while filled < room.size and (read := file.readinto(room[filled:].data)):
             filled += read
     if filled < room.size:
