@@ -86,13 +86,13 @@ def fit(
     measure: Annotated[
         str | None,
         typer.Option(
-            help="kl, scaled or error (from dear to cheap); default: kl up to 8 GiB, else scaled."
+            help="kl (each part in each width) or scaled (in one); default: kl up to 8 GiB."
         ),
     ] = None,
     imatrix: Annotated[str | None, typer.Option(help="Made by `calibrate`.")] = None,
     text: Annotated[
         list[Path] | None,
-        typer.Option(help="Text files to measure on; default: this project's code."),
+        typer.Option(help="Text files to measure on; default: one that ships, of code."),
     ] = None,
     tokens: Annotated[int, typer.Option(min=16, help="At most so many of them in all.")] = 4096,
     context: Annotated[int, typer.Option(min=16, help="Tokens of a sequence.")] = 512,
@@ -108,9 +108,9 @@ def fit(
 ) -> None:
     """Choose the bits of each part of a recipe by measurement, within a budget of bytes."""
     with errors_in_one_screen(verbose), stopping_in_order(ERRORS):
-        from glm_quant.calibration.texts import package_code
         from glm_quant.fit.command import FitSettings, parse_floors, parse_measure
         from glm_quant.fit.command import fit as choose
+        from glm_quant.fit.text import fit_tokens
 
         checkpoint = _open(source)
         settings = FitSettings(
@@ -122,7 +122,7 @@ def fit(
                 target,
                 output,
                 settings,
-                lambda: package_code(checkpoint, text, tokens, context, total=tokens),
+                lambda: fit_tokens(checkpoint, text, tokens, context),
                 terminal,
             )
         if as_json:

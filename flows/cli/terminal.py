@@ -2,7 +2,7 @@
 
 import json
 import sys
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from types import TracebackType
 from typing import Any, Self
@@ -18,6 +18,8 @@ from glm_quant.errors import GlmQuantError
 from glm_quant.fit.record import FitResult
 from glm_quant.status import WorkspaceStatus
 
+# Seconds over which a stage's speed is estimated.
+_SPEED_PERIOD = 24 * 3600.0
 OUT = Console(soft_wrap=True)
 ERRORS = Console(stderr=True, soft_wrap=True)
 
@@ -43,8 +45,10 @@ def errors_in_one_screen(verbose: bool = False) -> Generator[None]:
 class Terminal:
     """Shows stages as they run; a context manager. Implements `tasks.progress.Watcher`."""
 
-    def __init__(self, console: Console, shards: int) -> None:
-        """Prepare for a build with so many output shards."""
+    def __init__(
+        self, console: Console, shards: int, clock: Callable[[], float] | None = None
+    ) -> None:
+        """Prepare for a build with so many output shards; default clock: the system's."""
         self._shards = shards
         self._bars: dict[str, TaskID] = {}
         self._parts: dict[str, int] = {}
@@ -56,6 +60,10 @@ class Terminal:
             TextColumn("left"),
             Remaining(),
             console=console,
+            # A layer of a large model takes minutes: the speed is that of all moves, not of the
+            # last half minute, in which there may be none and so no time left to show.
+            speed_estimate_period=_SPEED_PERIOD,
+            get_time=clock,
         )
 
     def begin(self, stage: str) -> None:

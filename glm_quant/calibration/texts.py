@@ -8,7 +8,7 @@ from glm_quant.checkpoint.reader import Checkpoint
 from glm_quant.errors import RecipeError
 from glm_quant.evaluation.token_set import TokenSet, make_token_set, read_files, read_texts
 from glm_quant.recipe import Recipe
-from glm_quant.settings import CalibrationSettings, DivergenceSettings
+from glm_quant.settings import CalibrationSettings
 
 _BUILT_IN = ("english.txt", "chinese.txt", "languages.txt", "code.txt", "chat.json")
 
@@ -63,33 +63,3 @@ def named_texts(paths: Sequence[Path] | None) -> dict[str, str] | None:
     if paths is None:
         return None
     return {f"{i:03d} {path.name}": str(path) for i, path in enumerate(paths)}
-
-
-def package_code(
-    source: Checkpoint,
-    texts: Sequence[Path] | None,
-    tokens: int,
-    context: int,
-    *,
-    total: int | None = None,
-) -> TokenSet:
-    """Cut files, by default this package's own modules, which no other default reads.
-
-    Args:
-        source: whose tokenizer.
-        texts: files.
-        tokens: at most so many of each text.
-        context: tokens of a sequence.
-        total: at most so many of all texts together, sequences spread evenly over them.
-
-    Raises:
-        RecipeError: a text cannot be read.
-    """
-    if texts is None:
-        package = Path(str(files("glm_quant")))
-        texts = sorted(path for path in package.rglob("*.py") if path.stat().st_size > 1 << 12)
-    settings = DivergenceSettings(
-        texts=named_texts(texts), tokens=max(tokens, context), context=context
-    )
-    made = make_token_set(source, settings)
-    return made if total is None else made.spread(max(total // context, 1))

@@ -32,7 +32,6 @@ from glm_quant.fit.sensitivity import (
     DivergenceMeter,
     ErrorMeter,
     Measure,
-    Meter,
     ScaledMeter,
     measure_costs,
 )
@@ -45,7 +44,7 @@ from glm_quant.recipe import ComponentGroup, Recipe, load_recipe, parse_recipe
 from glm_quant.workspace import Workspace
 
 # Streaming a source for every number is for sources up to this size; larger ones are streamed once
-# for each part. Never is `error` chosen unasked: it lost to a recipe made by hand.
+# for each part.
 _KL_BYTES = 8 << 30
 
 
@@ -119,7 +118,8 @@ def fit(
         target: see `parse_target`.
         output: the recipe file to write.
         settings: what else is asked.
-        make_tokens: returns the token set for `kl`; called only if that is measured.
+        make_tokens: returns the token set to measure on; called when the rest of the input is
+            judged.
         watcher: sees what is calibrated, where the recipe wants that, and measured.
 
     Raises:
@@ -147,19 +147,19 @@ def fit(
     workspace = Workspace(folder.expanduser().absolute())
     workspace.create()
     with workspace.locked():
-        if plan.uncalibrated and measure != "error":
+        if plan.uncalibrated:
             plan = make_plan(source, recipe, _calibrated(source, recipe, workspace, watcher))
             parts = divide(plan, recipe, settings.bands, settings.floors)
         watcher.begin("measure")
-        meter = _meter(source, measure, make_tokens, workspace)
+        divergence = DivergenceMeter(source, make_tokens(), workspace.scratch)
+        meter = divergence if measure == "kl" else ScaledMeter(divergence, ErrorMeter(source))
         costs = measure_costs(
             meter,
             parts,
             workspace.records,
             lambda done, total: watcher.move("measure", done, total),
         )
-        cost_of = meter.describe() + (", without the calibration" if plan.uncalibrated else "")
-        return _Fit(source, recipe, plan, parts, costs, budget, cost_of).write(output)
+        return _Fit(source, recipe, plan, parts, costs, budget, meter.describe()).write(output)
 
 
 def _to_fit(settings: FitSettings) -> Recipe:
@@ -192,19 +192,9 @@ def _measure(source: Checkpoint, said: Measure | None) -> Measure:
         raise InputError(
             f"{source.source.uri}: measuring streams all of its {size:,} bytes over the network, "
             "at least once, and once before where the recipe wants a calibration. Fetch it into a "
-            "folder first, or say `--measure scaled` to stream it all the same, or `--measure "
-            "error` for a guess from a few rows."
+            "folder first, or say `--measure scaled` to stream it all the same."
         )
     return "scaled"
-
-
-def _meter(
-    source: Checkpoint, measure: Measure, make_tokens: Callable[[], TokenSet], workspace: Workspace
-) -> Meter | ScaledMeter:
-    if measure == "error":
-        return ErrorMeter(source)
-    divergence = DivergenceMeter(source, make_tokens(), workspace.scratch)
-    return divergence if measure == "kl" else ScaledMeter(divergence, ErrorMeter(source))
 
 
 class _Fit:

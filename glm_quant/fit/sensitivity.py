@@ -1,12 +1,11 @@
 """What it costs in quality to store one part in one way, all else being the source's.
 
-Three measures. `kl` streams the source with just this part quantized and takes the mean of KL over
-some tokens: what a user would notice, but every part is encoded in every scheme. `error` reads a
-few rows of each weight and sums their relative squared errors, weighed by the energies of their
-inputs where there is an imatrix: Σ over matrices of ΣE(w - ŵ)² / ΣEw². It takes each matrix to
-matter as much as any other, which no model obeys. `scaled` streams each part in one scheme, and
-scales that KL by the ratio of errors for the others. Trials walk through the source together, as
-many as memory holds, so that it is read once for all of them. What a reader would get wrong: costs
+Two measures. `kl` streams the source with just this part quantized and takes the mean of KL over
+some tokens: what a user would notice, but every part is encoded in every scheme. `scaled` streams
+each part in one scheme, and scales that KL for the others by the ratio of errors of a few rows of
+each weight, weighed by the energies of their inputs where there is an imatrix: Σ over matrices of
+ΣE(w - ŵ)² / ΣEw². Trials walk through the source together, as many as memory holds, so that it is
+read once for all of them. What a reader would get wrong: costs
 are added up over parts as if they did not meet, which holds for small errors (HIGGS,
 arXiv:2411.17525).
 
@@ -36,6 +35,7 @@ from glm_quant.evaluation.token_set import TokenSet
 from glm_quant.fingerprint import Canonical, fingerprint
 from glm_quant.fit.parts import Part
 from glm_quant.fit.trial import TrialWeights, expanded
+from glm_quant.fit.trial_progress import TrialProgress
 from glm_quant.model.geometry import Geometry
 from glm_quant.model.restructure import transform_rows
 from glm_quant.quantize.plan import PlannedWeight
@@ -44,7 +44,7 @@ from glm_quant.streaming.forward import Party, forget_states, sequence_path, str
 from glm_quant.streaming.memory_plan import disk_bytes, plan_memory
 from glm_quant.streaming.weights import Floats, SourceWeights
 
-Measure = Literal["kl", "scaled", "error"]
+Measure = Literal["kl", "scaled"]
 MEASURES: tuple[Measure, ...] = get_args(Measure)
 Progress = Callable[[int, int], None]
 
@@ -79,14 +79,14 @@ class CostRecord(Record):
 
     part: str
     scheme: str
-    measure: Measure
+    measure: str
     cost: float
 
 
 class Meter(Protocol):
-    """One way to measure."""
+    """One way to measure; its name is part of the key of what it measured."""
 
-    measure: Measure
+    measure: str
 
     def inputs(self) -> Canonical:
         """Return what decides its numbers, besides the weights' schemes."""
@@ -96,13 +96,9 @@ class Meter(Protocol):
         """Measure trials, in their order."""
         ...
 
-    def describe(self) -> str:
-        """Return what a cost is, in words."""
-        ...
-
 
 def measure_costs(
-    meter: "Meter | ScaledMeter", parts: Sequence[Part], folder: Path, progress: Progress
+    meter: "DivergenceMeter | ScaledMeter", parts: Sequence[Part], folder: Path, progress: Progress
 ) -> list[list[float]]:
     """Measure every part under every scheme that it may get, or read what was measured.
 
@@ -164,7 +160,7 @@ def recorded(
 class DivergenceMeter:
     """KL of the source with one part quantized, streamed."""
 
-    measure: Measure = "kl"
+    measure = "kl"
 
     def __init__(self, source: Checkpoint, tokens: TokenSet, folder: Path) -> None:
         """Prepare.
@@ -200,13 +196,12 @@ class DivergenceMeter:
 
     def costs(self, trials: Sequence[Trial], progress: Progress) -> Iterator[float]:
         """Stream the source once for as many trials as memory holds, and once more for the rest."""
-        depth = self._geometry.num_hidden_layers
         count = self._at_once()
         for first in range(0, len(trials), count):
             some = trials[first : first + count]
 
-            def tick(done: int, _: int, first: int = first, some: int = len(some)) -> None:
-                progress(first * depth + some * done, len(trials) * depth)
+            def tick(done: int, total: int, first: int = first, some: int = len(some)) -> None:
+                progress(first * total + some * done, len(trials) * total)
 
             yield from self._together(some, tick)
 
@@ -217,7 +212,13 @@ class DivergenceMeter:
         return max(room // (self._plan.token_bytes * tokens) - 1, 1)
 
     def _together(self, trials: Sequence[Trial], progress: Progress) -> list[float]:
-        weights = [TrialWeights(self._source.checkpoint, trial.planned) for trial in trials]
+        planned = [trial.planned for trial in trials]
+        steps = TrialProgress(
+            [one for each in planned for one in each.values()],
+            self._geometry.num_hidden_layers,
+            progress,
+        )
+        weights = [TrialWeights(self._source.checkpoint, each, steps.encoded) for each in planned]
         names = [f"trial-{fingerprint([self._key, trial.schemes])[:16]}" for trial in trials]
         reference = self._party(f"reference-{self._key[:16]}", None)
         parties = [self._party(*one) for one in zip(names, weights, strict=True)]
@@ -225,7 +226,7 @@ class DivergenceMeter:
         if missing:
             size = disk_bytes(self._geometry, len(self._targets)) * len(missing)
             require_space(self._folder, size, "the hidden states of a pass")
-            stream_together(self._source, missing, progress)
+            stream_together(self._source, missing, steps.passed)
         for one in missing:
             forget_states(one.folder)
         states = _final_states(reference)
@@ -234,6 +235,7 @@ class DivergenceMeter:
             own = _final_states(one)
             found = compare_states((self._source, states), (model, own), self._targets)
             costs.append(float(found.kl.mean()))
+            steps.compared(len(costs), len(trials))
         for one in parties:
             shutil.rmtree(one.folder)
         return costs
@@ -260,8 +262,6 @@ def _final_states(party: Party) -> Floats:
 class ScaledMeter:
     """KL of one scheme of a part, scaled by the errors of the others."""
 
-    measure: Measure = "scaled"
-
     def __init__(self, divergence: DivergenceMeter, error: "ErrorMeter") -> None:
         """Prepare; reads nothing yet."""
         self._divergence, self._error = divergence, error
@@ -275,9 +275,19 @@ class ScaledMeter:
         middle = {
             id(t.part): Trial(t.part, t.part.schemes[len(t.part.schemes) // 2]) for t in trials
         }
-        streamed = recorded(self._divergence, list(middle.values()), folder, progress)
+        streamed = recorded(
+            self._divergence,
+            list(middle.values()),
+            folder,
+            lambda done, total: progress(9 * done, 10 * total),
+        )
         every = [*middle.values(), *trials]
-        errors = recorded(self._error, every, folder, lambda _done, _total: None)
+        errors = recorded(
+            self._error,
+            every,
+            folder,
+            lambda done, total: progress(9 * total + done, 10 * total),
+        )
         rates = {
             part: kl / error if error else 0.0
             for part, kl, error in zip(middle, streamed, errors, strict=False)
@@ -291,7 +301,7 @@ class ScaledMeter:
 class ErrorMeter:
     """Relative weighted squared error of a few rows of every weight."""
 
-    measure: Measure = "error"
+    measure = "error"
 
     def __init__(self, source: Checkpoint) -> None:
         """Prepare; reads nothing yet."""
@@ -301,10 +311,6 @@ class ErrorMeter:
     def inputs(self) -> Canonical:
         """Return the identity of the source's shards."""
         return {name: self._source.files[name].identity for name in self._source.index.shards}
-
-    def describe(self) -> str:
-        """Return what a cost is."""
-        return "sum over a part's matrices of the relative squared error of some rows"
 
     def costs(self, trials: Sequence[Trial], progress: Progress) -> Iterator[float]:
         """Read the rows of each part once and encode them under each scheme."""

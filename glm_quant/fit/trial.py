@@ -5,7 +5,7 @@ for, by the engine's own `encode`, so a trial has the values of the build that i
 """
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from typing import Any
@@ -25,14 +25,21 @@ from glm_quant.streaming.weights import PROJECTIONS, SourceWeights
 class TrialWeights(SourceWeights):
     """The source's weights, but for those that are planned otherwise."""
 
-    def __init__(self, checkpoint: Checkpoint, planned: Mapping[str, PlannedWeight]) -> None:
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        planned: Mapping[str, PlannedWeight],
+        encoded: Callable[[int], None] | None = None,
+    ) -> None:
         """Read the config; no weight yet.
 
         Args:
             checkpoint: the source.
             planned: quantized weights by MLX module path; all others are the source's.
+            encoded: called with the number of values that were encoded.
         """
         super().__init__(checkpoint)
+        self._encoded = encoded or (lambda _: None)
         self._planned = planned
 
     def values(self, prefix: str, names: Sequence[str]) -> Mapping[str, mx.array]:
@@ -70,7 +77,9 @@ class TrialWeights(SourceWeights):
         if planned is None:
             return values
         flat = np.array(values).reshape(-1, values.shape[-1])
-        return mx.array(expanded(planned, flat, first_row)).reshape(values.shape)
+        stored = mx.array(expanded(planned, flat, first_row)).reshape(values.shape)
+        self._encoded(flat.size)
+        return stored
 
 
 def expanded(

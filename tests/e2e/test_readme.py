@@ -8,6 +8,7 @@ import pytest
 
 from glm_quant.data import held_out_text, tiny_glm_path
 from tests.e2e.command_line import CommandLine
+from tests.plain import PLAIN
 
 ROOT = Path(__file__).parents[2]
 # These run other tests or this one: the gate itself runs them.
@@ -60,6 +61,12 @@ def test_commands_run_in_order(cli: CommandLine, quick: Path, tmp_path: Path) ->
             words[2] = str(quick)
         elif words[1] == "convert":
             words[words.index("--recipe") + 1] = "demo"
+        elif words[1] == "fit":
+            words += [
+                "--recipe",
+                PLAIN,
+                *["--measure", "scaled", "--tokens", "64", "--context", "32"],
+            ]
         words = [
             word.replace("PATH/GLM-5.2-2.56bpw", str(tmp_path / "converted"))
             .replace("PATH/GLM-5.2", str(tiny_glm_path()))

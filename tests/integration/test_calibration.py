@@ -12,13 +12,15 @@ from glm_quant.calibration import calibrate as calibration
 from glm_quant.calibration.calibrate import calibrate
 from glm_quant.calibration.hessian import cholesky_factor, importances
 from glm_quant.calibration.observe import Listener
-from glm_quant.calibration.texts import package_code
+from glm_quant.calibration.texts import calibration_set
 from glm_quant.checkpoint.imatrix import Imatrix, ImatrixRecord
 from glm_quant.checkpoint.reader import Checkpoint
 from glm_quant.data import tiny_glm_path
 from glm_quant.errors import IntegrityError, OutputError, RecipeError
+from glm_quant.evaluation.token_set import TokenSet
 from glm_quant.quantize.command import convert_to_folder, open_conversion
 from glm_quant.quantize.verify import verify
+from glm_quant.settings import CalibrationSettings
 from glm_quant.streaming.weights import SourceWeights
 
 TOKENS, CONTEXT = 192, 96  # past index_topk, in two sequences
@@ -48,18 +50,24 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+def token_set(source: Checkpoint, text: Path) -> TokenSet:
+    """The text in sequences of `CONTEXT` tokens."""
+    settings = CalibrationSettings(texts={"code": str(text)}, tokens=TOKENS, context=CONTEXT)
+    return calibration_set(source, settings)
+
+
 @pytest.fixture(scope="module")
 def folder(source: Checkpoint, text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An imatrix folder."""
     output = tmp_path_factory.mktemp("imatrix") / "imatrix"
-    calibrate(source, package_code(source, [text], TOKENS, CONTEXT), output)
+    calibrate(source, token_set(source, text), output)
     return output
 
 
 def test_energies_are_those_of_the_inputs(source: Checkpoint, text: Path, folder: Path) -> None:
     """Energies equal those of a whole layer that runs by itself on the same embeddings."""
     weights = SourceWeights(source)
-    batch = package_code(source, [text], TOKENS, CONTEXT).sequences
+    batch = token_set(source, text).sequences
     layer = weights.layer(0)
     seen: dict[str, list[np.ndarray]] = {"down": [], "out": []}
     layer.mlp.down_proj = Listener(layer.mlp.down_proj, seen["down"].append)
@@ -94,7 +102,7 @@ def test_interrupted_pass_goes_on(
     source: Checkpoint, text: Path, folder: Path, tmp_path: Path
 ) -> None:
     """A pass that dies in a later layer goes on there and leaves the same bytes."""
-    batch = package_code(source, [text], TOKENS, CONTEXT)
+    batch = token_set(source, text)
 
     def stop(done: int, total: int) -> None:
         del total
@@ -152,7 +160,7 @@ def test_search_uses_it(folder: Path, tmp_path: Path) -> None:
 def factors(source: Checkpoint, text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An imatrix folder with factors."""
     output = tmp_path_factory.mktemp("factors") / "imatrix"
-    calibrate(source, package_code(source, [text], TOKENS, CONTEXT), output, factors=True)
+    calibrate(source, token_set(source, text), output, factors=True)
     return output
 
 
@@ -162,7 +170,7 @@ def test_factors_come_from_the_inputs(source: Checkpoint, text: Path, factors: P
     seen: list[np.ndarray] = []
     layer = weights.layer(0)
     layer.self_attn.o_proj = Listener(layer.self_attn.o_proj, seen.append)
-    for sequence in package_code(source, [text], TOKENS, CONTEXT).sequences:
+    for sequence in token_set(source, text).sequences:
         x = mx.array(weights.embed(sequence))[None]
         mx.eval(layer(x, weights.runtime.Span.of(None), None, None)[0])
     met = np.concatenate([part.reshape(-1, part.shape[-1]) for part in seen]).astype(np.float64)
@@ -216,7 +224,7 @@ def test_folder_that_is_none(tmp_path: Path, folder: Path, source: Checkpoint, t
         open_conversion(tiny_glm_path(), str(recipe(tmp_path, str(tmp_path))), tmp_path / "build")
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "notes.txt").write_text("keep")
-    batch = package_code(source, [text], TOKENS, CONTEXT)
+    batch = token_set(source, text)
     with pytest.raises(OutputError, match=r"holds something else \(notes\.txt\)"):
         calibrate(source, batch, tmp_path / "mine")
     assert ImatrixRecord.load(folder / "imatrix.json") is not None

@@ -10,11 +10,11 @@ from typer.testing import CliRunner
 from flows.cli.main import app
 from glm_quant.calibration.calibrate import calibrate
 from glm_quant.calibration.llama_cpp import read_llama_cpp, write_llama_cpp
-from glm_quant.calibration.texts import package_code
 from glm_quant.checkpoint.imatrix import Imatrix
 from glm_quant.checkpoint.reader import Checkpoint
 from glm_quant.data import tiny_glm_path
 from glm_quant.errors import IntegrityError, OutputError, RecipeError
+from glm_quant.fit.text import fit_tokens
 
 WIDTH, EXPERTS = 64, 12
 
@@ -24,7 +24,7 @@ def ours(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An imatrix folder of the small checkpoint."""
     folder = tmp_path_factory.mktemp("imatrix") / "ours"
     source = Checkpoint.open(tiny_glm_path())
-    calibrate(source, package_code(source, None, 64, 64, total=512), folder)
+    calibrate(source, fit_tokens(source, None, 512, 64), folder)
     return folder
 
 

@@ -10,10 +10,11 @@ from flows.cli.main import app
 from glm_quant.build import Build, BuildSpec
 from glm_quant.calibration.own import CalibrationRecord, imatrix_folder, record_path
 from glm_quant.calibration.texts import calibration_texts
-from glm_quant.data import held_out_text, tiny_glm_path
+from glm_quant.data import held_out_text, items_path, tiny_glm_path
 from glm_quant.errors import IntegrityError, RecipeError, RunError
 from glm_quant.evaluation.divergence import reference_beside
 from glm_quant.evaluation.token_set import make_token_set, read_texts
+from glm_quant.fit.text import fit_texts
 from glm_quant.quantize.command import open_conversion, workspace_beside
 from glm_quant.quantize.verify import verify
 from glm_quant.recipe import load_recipe, parse_recipe
@@ -183,9 +184,16 @@ def sentences(text: str) -> set[str]:
 
 
 def test_built_in_texts_are_apart() -> None:
-    """No line of 30 characters is in both a built-in calibration text and an evaluated one."""
+    """No line of 30 characters is in both an evaluated text and one that a build is fitted to.
+
+    The latter are calibration's built-in texts and what `fit` measures on, which are apart too.
+    """
     evaluated = {**read_texts(DivergenceSettings()), "held out": held_out_text()}
-    for name, text in calibration_texts(CalibrationSettings()).items():
+    evaluated |= {path.name: path.read_text() for path in items_path("").glob("*.jsonl")}
+    calibrated = dict(calibration_texts(CalibrationSettings()))
+    (measured,) = fit_texts(None).values()
+    assert not any(sentences(measured) & sentences(text) for text in calibrated.values())
+    for name, text in {**calibrated, "fit": measured}.items():
         assert len(sentences(text)) > 4
         for other, theirs in evaluated.items():
             assert not sentences(text) & sentences(theirs), (name, other)

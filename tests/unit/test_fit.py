@@ -18,6 +18,7 @@ from glm_quant.calibration.command import open_calibrated
 from glm_quant.checkpoint.reader import Checkpoint
 from glm_quant.checkpoint.source import FolderSource
 from glm_quant.codes.scheme import Quantized
+from glm_quant.data import tiny_glm_path
 from glm_quant.errors import InputError, OutputError, RecipeError
 from glm_quant.evaluation.token_set import TokenSet, make_token_set
 from glm_quant.fit.command import FitSettings, _Fit, fit, parse_floors, parse_measure
@@ -32,6 +33,7 @@ from glm_quant.fit.sensitivity import (
 )
 from glm_quant.fit.solve import Front, Option
 from glm_quant.fit.target import parse_target
+from glm_quant.fit.text import fit_tokens
 from glm_quant.fit.trial import TrialWeights
 from glm_quant.model.geometry import Geometry
 from glm_quant.model.groups import GROUPS
@@ -41,6 +43,7 @@ from glm_quant.report.memory import machine_bytes, memory_need, reserved_bytes
 from glm_quant.streaming.weights import BuildWeights
 from tests.conftest import Made
 from tests.plain import PLAIN
+from tests.synthetic import small_config
 
 OPTIONS = st.lists(
     st.lists(
@@ -131,21 +134,29 @@ class Seen:
 
 
 def no_tokens() -> TokenSet:
-    """Tokens of a fit that must not ask for any."""
-    raise AssertionError("error needs no tokens")
+    """Tokens of a fit that must not begin to measure."""
+    raise AssertionError("nothing is to be measured")
 
 
-def fitted(source: Path, output: Path, target: str, *floors: str, bands: int = 2) -> str:
-    """Fit by error; return what the recipe file says."""
-    settings = FitSettings("demo", parse_floors(floors), bands, "error")
-    result = fit(Checkpoint.open(source), target, output, settings, no_tokens, Seen())
+@pytest.fixture(scope="module")
+def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A workspace for the costs, which all fits of a file share."""
+    return tmp_path_factory.mktemp("costs") / "work"
+
+
+def fitted(source: Path, output: Path, target: str, *floors: str, work: Path) -> str:
+    """Fit; return what the recipe file says."""
+    settings = FitSettings(PLAIN, parse_floors(floors), 2, "scaled", workspace=work)
+    opened = Checkpoint.open(source)
+    tokens = DivergenceSettings(tokens=32, context=32)
+    result = fit(opened, target, output, settings, lambda: make_token_set(opened, tokens), Seen())
     assert result.output == output
     return output.read_text()
 
 
-def test_recipe_plans_to_the_bytes_it_names(small: Path, tmp_path: Path) -> None:
+def test_recipe_plans_to_the_bytes_it_names(small: Path, tmp_path: Path, work: Path) -> None:
     """The file reads as a recipe whose plan has the bytes of its comment, within the budget."""
-    text = fitted(small, tmp_path / "mine.yaml", "6.5bpw")
+    text = fitted(small, tmp_path / "mine.yaml", "6.5bpw", work=work)
     plan = make_plan(Checkpoint.open(small), load_recipe(tmp_path / "mine.yaml"))
     said = re.search(r"plans to ([\d,]+) bytes of tensors and ([\d,]+) of files", text)
     assert said
@@ -156,9 +167,17 @@ def test_recipe_plans_to_the_bytes_it_names(small: Path, tmp_path: Path) -> None
     assert "No other choice within the budget has a lower sum" in text
 
 
-def costs_of(meter: Meter, trials: list[Trial]) -> list[float]:
-    """Measure, nothing recorded."""
-    return list(meter.costs(trials, lambda _done, _total: None))
+def test_costs_do_not_hang_on_the_code() -> None:
+    """What is measured on unasked is a text that ships, the same after any edit of a module."""
+    tokens = fit_tokens(Checkpoint.open(tiny_glm_path()), None, 4096, 512)
+    assert sum(map(len, tokens.sequences)) == 4096
+    assert tokens.sha256.startswith("a82c286eed1a5bea")
+
+
+def costs_of(meter: Meter, trials: list[Trial], steps: list[float] | None = None) -> list[float]:
+    """Measure, nothing recorded; `steps` gets the shares that progress tells."""
+    shares = [] if steps is None else steps
+    return list(meter.costs(trials, lambda done, total: shares.append(done / total)))
 
 
 def one_part(path: Path, part: str, **settings: object) -> str:
@@ -241,8 +260,8 @@ def test_an_imatrix_takes_the_place_of_a_calibration(small: Path, tmp_path: Path
     batch = make_token_set(source, DivergenceSettings(tokens=64, context=32))
     calibrate(source, batch, tmp_path / "imatrix")
     base = one_part(tmp_path / "b.yaml", "dense_mlp", quantizer="search", calibration={})
-    settings = FitSettings(base, {}, 1, "error", str(tmp_path / "imatrix"))
-    fit(source, "15.7bpw", tmp_path / "mine.yaml", settings, no_tokens, Seen())
+    settings = FitSettings(base, {}, 1, "scaled", str(tmp_path / "imatrix"))
+    fit(source, "15.7bpw", tmp_path / "mine.yaml", settings, lambda: batch, Seen())
     made = load_recipe(tmp_path / "mine.yaml")
     assert (made.imatrix, made.calibration) == (str(tmp_path / "imatrix"), None)
 
@@ -264,7 +283,12 @@ def test_trials_share_the_reading_of_the_source(small: Path, tmp_path: Path) -> 
     }
     trials = [Trial(part, part.schemes[0]) for part in parts]
     tokens = make_token_set(source, DivergenceSettings(tokens=64, context=32))
-    together = costs_of(DivergenceMeter(source, tokens, tmp_path / "a"), trials)
+    steps: list[float] = []
+    together = costs_of(DivergenceMeter(source, tokens, tmp_path / "a"), trials, steps)
+    # A layer of many trials takes minutes, so progress moves within it.
+    assert len(set(steps)) > 4 * small_config()["num_hidden_layers"]
+    assert steps == sorted(steps)
+    assert steps[-1] == 1
     assert len(trials) > 5
     assert max(reads[place] for place in experts) == 1
     meter = DivergenceMeter(source, tokens, tmp_path / "b")
@@ -273,25 +297,24 @@ def test_trials_share_the_reading_of_the_source(small: Path, tmp_path: Path) -> 
     assert max(reads[place] for place in experts) > len(trials)
 
 
-def test_size_includes_headers(small: Path, tmp_path: Path) -> None:
+def test_size_includes_headers(small: Path, tmp_path: Path, work: Path) -> None:
     """A target in bytes holds whole files: a byte less than a fit's gives another fit."""
     source = Checkpoint.open(small)
     sizes: list[int] = []
     for name, target in (("a.yaml", "1.8MB"), ("b.yaml", "")):
-        fitted(small, tmp_path / name, target or f"{(sizes[0] - 1) / 1000:.3f}KB")
+        fitted(small, tmp_path / name, target or f"{(sizes[0] - 1) / 1000:.3f}KB", work=work)
         plan = make_plan(source, load_recipe(tmp_path / name))
         sizes.append(sum(shard.size_bytes for shard in plan.shards))
     assert sizes[1] < sizes[0] <= 1_800_000
 
 
-def test_floors_are_kept(small: Path, tmp_path: Path) -> None:
-    """No weight of the group has fewer bits, and what another budget measured is not again."""
-    fitted(small, tmp_path / "a.yaml", "6.5bpw")
-    records = tmp_path / ".a.glm-quant" / "records"
-    stamps = {path.name: path.stat().st_mtime_ns for path in records.iterdir()}
-    (tmp_path / "a.yaml").unlink()
-    fitted(small, tmp_path / "a.yaml", "6.5bpw", "attention=6", "lm_head=4")
-    assert {path.name: path.stat().st_mtime_ns for path in records.iterdir()} == stamps
+def test_floors_are_kept(small: Path, tmp_path: Path, work: Path) -> None:
+    """No weight of the group has fewer bits, and what another fit measured is not again."""
+    fitted(small, tmp_path / "first.yaml", "6.5bpw", work=work)
+    records = list((work / "records").glob("cost-*"))
+    stamps = {path: path.stat().st_mtime_ns for path in records}
+    fitted(small, tmp_path / "a.yaml", "6.5bpw", "attention=6", "lm_head=4", work=work)
+    assert {path: path.stat().st_mtime_ns for path in records} == stamps
     least = {"attention": 6, "lm_head": 4}
     plan = make_plan(Checkpoint.open(small), load_recipe(tmp_path / "a.yaml"))
     bits = [
@@ -305,20 +328,21 @@ def test_floors_are_kept(small: Path, tmp_path: Path) -> None:
 
 def test_bad_input_is_said_before_anything_is_read(small: Path, tmp_path: Path) -> None:
     """Impossible targets, floors of what is not fitted, words that mean nothing, a file there."""
+    work = tmp_path / "work"
     with pytest.raises(RecipeError, match=r"the smallest build has [\d,]+ bytes of tensors"):
-        fitted(small, tmp_path / "a.yaml", "1bpw")
+        fitted(small, tmp_path / "a.yaml", "1bpw", work=work)
     with pytest.raises(RecipeError, match="--floor router has nothing to hold"):
-        fitted(small, tmp_path / "a.yaml", "4bpw", "router=8")
+        fitted(small, tmp_path / "a.yaml", "4bpw", "router=8", work=work)
     with pytest.raises(RecipeError, match=r"--floor attention: give group=bits"):
         parse_floors(["attention"])
     with pytest.raises(RecipeError, match="no scheme has at least 9 bits"):
-        fitted(small, tmp_path / "a.yaml", "4bpw", "attention=9")
-    with pytest.raises(RecipeError, match=r"--measure guess: give one of kl, scaled, error"):
-        parse_measure("guess")
+        fitted(small, tmp_path / "a.yaml", "4bpw", "attention=9", work=work)
+    with pytest.raises(RecipeError, match=r"--measure error: give one of kl, scaled\."):
+        parse_measure("error")
     assert not list(tmp_path.iterdir())
     (tmp_path / "a.yaml").write_text("mine")
     with pytest.raises(OutputError, match="there already"):
-        fitted(small, tmp_path / "a.yaml", "4bpw")
+        fitted(small, tmp_path / "a.yaml", "4bpw", work=work)
 
 
 def test_rules_of_the_recipe_stay(small: Path) -> None:
