@@ -2,8 +2,8 @@
 
 from prefect import flow
 
-from glm_quant.stages.assessing import ASSESS_STAGES, AssessSpec
-from glm_quant.stages.base import StageResult
+from glm_quant.build import AssessSpec
+from glm_quant.stages.base import ASSESS_STAGES, StageResult
 from tasks.assess import assess_divergence, assess_evaluation, assess_parity, assess_verify
 from tasks.naming import assess_name
 from tasks.report import report_assessment

@@ -76,6 +76,30 @@ class BuildSpec(BaseModel):
     )
 
 
+class AssessSpec(BaseModel):
+    """What to judge, against what. Small and plain, so that it can be a Prefect parameter."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    checkpoint: str = Field(description="folder of the finished build")
+    recipe: str = Field(description="recipe whose bounds and settings hold: a name, or a .yaml")
+    source: str | None = Field(
+        default=None, description="what it was made from; default: the recipe's source"
+    )
+    workspace: str = Field(default="assess", description="folder for the records")
+    window: int = Field(default=DEFAULT_WINDOW, ge=1, description="source shards on disk at a time")
+
+    def build(self) -> BuildSpec:
+        """Return the build whose output the checkpoint is."""
+        return BuildSpec(
+            recipe=self.recipe,
+            source=self.source,
+            workspace=self.workspace,
+            output=self.checkpoint,
+            window=self.window,
+        )
+
+
 class Build:
     """An opened build."""
 

@@ -7,7 +7,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from glm_quant.errors import InputError
 from glm_quant.stages.base import FAILURE_NAME, Failure
-from glm_quant.stages.making import PlanRecord
+from glm_quant.stages.plan import PlanRecord
 from glm_quant.workspace import Workspace
 
 STAGES = (

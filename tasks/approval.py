@@ -14,7 +14,7 @@ from pydantic import Field, ValidationError
 
 from glm_quant.build import Build, BuildSpec, open_build
 from glm_quant.errors import ApprovalError
-from glm_quant.stages.approving import (
+from glm_quant.stages.approval import (
     give_word,
     identity,
     last_word,

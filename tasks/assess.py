@@ -3,9 +3,11 @@
 from prefect import task
 
 from glm_quant.build import BuildSpec, open_build
-from glm_quant.stages.assessing import AssessDivergenceStage, AssessParityStage, VerifyStage
 from glm_quant.stages.base import StageResult
-from glm_quant.stages.proving import EvaluationStage
+from glm_quant.stages.divergence import AssessDivergenceStage
+from glm_quant.stages.evaluate import EvaluationStage
+from glm_quant.stages.parity import AssessParityStage
+from glm_quant.stages.verify import VerifyStage
 from tasks.caching import on_disk
 from tasks.limits import EVALUATE_SECONDS
 from tasks.retrying import passing
@@ -14,7 +16,7 @@ from tasks.running import run_stage
 
 @task(name="verify", task_run_name="verify", persist_result=False, **passing())
 def assess_verify(spec: BuildSpec) -> StageResult:
-    """Check every byte again: `glm_quant.stages.assessing.VerifyStage`."""
+    """Check every byte again: `glm_quant.stages.verify.VerifyStage`."""
     return run_stage(VerifyStage(open_build(spec, afresh=True)))
 
 
@@ -25,7 +27,7 @@ def assess_verify(spec: BuildSpec) -> StageResult:
     **passing(),
 )
 def assess_parity(spec: BuildSpec) -> StageResult:
-    """Hold it against the reference: `glm_quant.stages.assessing.AssessParityStage`."""
+    """Hold it against the reference: `glm_quant.stages.parity.AssessParityStage`."""
     return run_stage(AssessParityStage(open_build(spec)))
 
 
@@ -36,7 +38,7 @@ def assess_parity(spec: BuildSpec) -> StageResult:
     **passing(),
 )
 def assess_divergence(spec: BuildSpec) -> StageResult:
-    """Measure how far it is from its source: `assessing.AssessDivergenceStage`."""
+    """Measure how far it is from its source: `AssessDivergenceStage`."""
     return run_stage(AssessDivergenceStage(open_build(spec)))
 
 
@@ -47,5 +49,5 @@ def assess_divergence(spec: BuildSpec) -> StageResult:
     **on_disk(lambda inputs: EvaluationStage(open_build(inputs["spec"]))),
 )
 def assess_evaluation(spec: BuildSpec) -> StageResult:
-    """Measure it: `glm_quant.stages.proving.EvaluationStage`."""
+    """Measure it: `glm_quant.stages.evaluate.EvaluationStage`."""
     return run_stage(EvaluationStage(open_build(spec)))

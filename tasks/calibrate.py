@@ -4,7 +4,7 @@ from prefect import task
 
 from glm_quant.build import BuildSpec, open_build
 from glm_quant.stages.base import StageResult
-from glm_quant.stages.making import CalibrateStage
+from glm_quant.stages.calibrate import CalibrateStage
 from tasks.caching import on_disk
 from tasks.retrying import passing
 from tasks.running import run_stage
@@ -17,7 +17,7 @@ from tasks.running import run_stage
     **passing(),
 )
 def calibrate(spec: BuildSpec) -> StageResult:
-    """Measure what each weight's inputs are: `glm_quant.stages.making.CalibrateStage`."""
+    """Measure what each weight's inputs are: `glm_quant.stages.calibrate.CalibrateStage`."""
     return run_stage(CalibrateStage(open_build(spec)))
 
 

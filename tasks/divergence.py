@@ -4,7 +4,7 @@ from prefect import task
 
 from glm_quant.build import BuildSpec, open_build
 from glm_quant.stages.base import StageResult
-from glm_quant.stages.proving import DivergenceStage
+from glm_quant.stages.divergence import DivergenceStage
 from tasks.caching import on_disk
 from tasks.retrying import passing
 from tasks.running import run_stage
@@ -17,5 +17,5 @@ from tasks.running import run_stage
     **passing(),
 )
 def divergence(spec: BuildSpec) -> StageResult:
-    """Measure how far the build is from its source: `glm_quant.stages.proving.DivergenceStage`."""
+    """Measure how far the build is from its source: `stages.divergence.DivergenceStage`."""
     return run_stage(DivergenceStage(open_build(spec)))

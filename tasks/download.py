@@ -4,16 +4,15 @@ from prefect import task
 
 from glm_quant.build import BuildSpec, open_build
 from glm_quant.stages.base import StageResult
-from glm_quant.stages.gates import check_targets
-from glm_quant.stages.making import DownloadStage
-from glm_quant.stages.publishing import take_over
+from glm_quant.stages.download import DownloadStage, check_targets
+from glm_quant.stages.upload import take_over
 from tasks.retrying import passing
 from tasks.running import run_stage
 
 
 @task(name="download", task_run_name="download", persist_result=False, **passing())
 def download(spec: BuildSpec) -> StageResult:
-    """Open the source and check that it is whole: `glm_quant.stages.making.DownloadStage`."""
+    """Open the source and check that it is whole: `glm_quant.stages.download.DownloadStage`."""
     build = open_build(spec, afresh=True)
     check_targets(build)
     take_over(build)

@@ -4,7 +4,7 @@ from prefect import task
 
 from glm_quant.build import BuildSpec, open_build
 from glm_quant.stages.base import StageResult
-from glm_quant.stages.proving import ParityStage
+from glm_quant.stages.parity import ParityStage
 from tasks.caching import on_disk
 from tasks.retrying import passing
 from tasks.running import run_stage
@@ -17,5 +17,5 @@ from tasks.running import run_stage
     **passing(),
 )
 def parity(spec: BuildSpec) -> StageResult:
-    """Hold the build against the reference: `glm_quant.stages.proving.ParityStage`."""
+    """Hold the build against the reference: `glm_quant.stages.parity.ParityStage`."""
     return run_stage(ParityStage(open_build(spec)))

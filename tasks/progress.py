@@ -18,7 +18,7 @@ from prefect.artifacts import create_progress_artifact, update_progress_artifact
 from glm_quant.quantize.convert import Progress, Watcher
 from glm_quant.report import format as say
 from glm_quant.stages.base import Stage
-from glm_quant.stages.making import QuantizeStage
+from glm_quant.stages.quantize import QuantizeStage
 
 _log = logging.getLogger("glm_quant.progress")
 _SECONDS_BETWEEN_UPDATES = 5.0

@@ -8,7 +8,7 @@ from prefect.client.schemas.objects import State
 from glm_quant.build import BuildSpec, open_build, targets_of
 from glm_quant.errors import PublishError
 from glm_quant.stages.base import StageResult
-from glm_quant.stages.publishing import PublishStage
+from glm_quant.stages.publish import PublishStage
 from tasks.caching import on_disk
 from tasks.limits import build_seconds
 from tasks.retrying import passing
@@ -26,7 +26,7 @@ def _stage(spec: BuildSpec, target: str) -> PublishStage:
     **passing(),
 )
 def publish(spec: BuildSpec, target: str) -> StageResult:
-    """Publish to one target: `glm_quant.stages.publishing.PublishStage`."""
+    """Publish to one target: `glm_quant.stages.publish.PublishStage`."""
     return run_stage(_stage(spec, target))
 
 

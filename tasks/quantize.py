@@ -4,7 +4,7 @@ from prefect import task
 
 from glm_quant.build import BuildSpec, open_build
 from glm_quant.stages.base import StageResult
-from glm_quant.stages.making import QuantizeStage
+from glm_quant.stages.quantize import QuantizeStage
 from tasks.caching import on_disk
 from tasks.naming import quantize_name
 from tasks.retrying import passing
@@ -22,5 +22,5 @@ def _stage(spec: BuildSpec, shard: int) -> QuantizeStage:
     **passing(),
 )
 def quantize(spec: BuildSpec, shard: int) -> StageResult:
-    """Complete one output shard: `glm_quant.stages.making.QuantizeStage`."""
+    """Complete one output shard: `glm_quant.stages.quantize.QuantizeStage`."""
     return run_stage(_stage(spec, shard))

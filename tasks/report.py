@@ -18,12 +18,14 @@ from prefect.artifacts import (
 from prefect.cache_policies import NO_CACHE
 
 from glm_quant.build import Build, BuildSpec, open_build
-from glm_quant.stages import evidence
-from glm_quant.stages.assessing import AssessDivergenceStage, AssessParityStage
-from glm_quant.stages.making import AssembleStage, PlanStage
-from glm_quant.stages.proving import DivergenceStage, EvaluationStage, ParityStage
-from glm_quant.stages.publishing import PublishStage
-from glm_quant.stages.releasing import CardStage
+from glm_quant.stages.assemble import AssembleStage
+from glm_quant.stages.card import CardStage
+from glm_quant.stages.divergence import AssessDivergenceStage, DivergenceStage
+from glm_quant.stages.evaluate import EvaluationStage
+from glm_quant.stages.parity import AssessParityStage, ParityStage
+from glm_quant.stages.plan import PlanStage
+from glm_quant.stages.publish import PublishStage
+from tasks import evidence
 
 _log = logging.getLogger("glm_quant.report")
 

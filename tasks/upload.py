@@ -10,14 +10,8 @@ from prefect import task
 
 from glm_quant.build import BuildSpec, open_build, shards_of
 from glm_quant.stages.base import StageResult
-from glm_quant.stages.publishing import (
-    RestoreStage,
-    UploadStage,
-    early_targets,
-    elsewhere,
-    is_here,
-    let_go,
-)
+from glm_quant.stages.restore import RestoreStage, elsewhere
+from glm_quant.stages.upload import UploadStage, early_targets, is_here, let_go
 from tasks.caching import on_disk
 from tasks.limits import shard_seconds
 from tasks.naming import restore_name, upload_name
@@ -36,7 +30,7 @@ _log = logging.getLogger("glm_quant.upload")
     ),
 )
 def upload(spec: BuildSpec, shard: int, target: str) -> StageResult:
-    """Bring one shard to one target: `glm_quant.stages.publishing.UploadStage`."""
+    """Bring one shard to one target: `glm_quant.stages.upload.UploadStage`."""
     return run_stage(UploadStage(open_build(spec), shard, target))
 
 
@@ -47,7 +41,7 @@ def upload(spec: BuildSpec, shard: int, target: str) -> StageResult:
     **passing(),
 )
 def restore(spec: BuildSpec, shard: int) -> StageResult:
-    """Fetch one shard back: `glm_quant.stages.publishing.RestoreStage`."""
+    """Fetch one shard back: `glm_quant.stages.restore.RestoreStage`."""
     return run_stage(RestoreStage(open_build(spec), shard))
 
 

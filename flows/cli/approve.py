@@ -18,7 +18,7 @@ def approve(
     """Let a build be published that waits for a person's word."""
     with errors_in_one_screen():
         if Path(what).is_dir():
-            from glm_quant.stages.approving import give_word
+            from glm_quant.stages.approval import give_word
             from glm_quant.workspace import Workspace
 
             give_word(Workspace(Path(what).absolute()), not reject, note)

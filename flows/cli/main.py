@@ -36,7 +36,7 @@ def plan(
     """Show what would be made, from config, index and headers alone."""
     with errors_in_one_screen(verbose):
         from glm_quant.report.summary import plan_summary
-        from glm_quant.stages.making import plan_figures
+        from glm_quant.stages.plan import plan_figures
 
         build = Build(BuildSpec(recipe=recipe, source=source))
         if as_json:

@@ -139,7 +139,7 @@ def release_build(spec: BuildSpec, verbose: bool, as_json: bool) -> None:
             print_json(result)
             return
         from glm_quant.report.summary import result_summary
-        from glm_quant.stages.releasing import card_inputs
+        from glm_quant.stages.card import card_inputs
 
         OUT.print(result_summary(card_inputs(build.workspace), checkpoint, build.targets))
         OUT.print(f"[dim]{seconds:,.0f} seconds[/]")

@@ -28,7 +28,7 @@ def publish(
     with errors_in_one_screen(verbose):
         from dataclasses import asdict
 
-        from glm_quant.stages.publishing import PublishStage
+        from glm_quant.stages.publish import PublishStage
 
         build = open_build(spec)
         stages = [PublishStage(build, target) for target in build.targets]
@@ -104,7 +104,7 @@ def card(
 ) -> None:
     """Render card and charts again from the records: nothing is measured, no source is needed."""
     with errors_in_one_screen(verbose):
-        from glm_quant.stages.releasing import render_again
+        from glm_quant.stages.card import render_again
         from glm_quant.workspace import Workspace, existing_workspace
 
         place = existing_workspace(str(workspace))

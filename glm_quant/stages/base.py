@@ -18,6 +18,9 @@ from glm_quant.fingerprint import Canonical, fingerprint
 from glm_quant.quantize.convert import Progress
 
 FAILURE_NAME = "failure.json"
+ASSESS_STAGES = ("verify", "parity", "divergence", "evaluate")
+# The records that speak of one assembled build.
+PROOFS = ("parity", "divergence", "evaluate", "card")
 
 R = TypeVar("R", bound=Record)
 

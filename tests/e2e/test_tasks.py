@@ -28,8 +28,8 @@ from glm_quant.build import BuildSpec, open_build
 from glm_quant.data import tiny_glm_path
 from glm_quant.hub.retry import Patience
 from glm_quant.quantize.convert import Progress, ShardRecord
-from glm_quant.stages.making import QuantizeStage
-from glm_quant.stages.publishing import UploadStage
+from glm_quant.stages.quantize import QuantizeStage
+from glm_quant.stages.upload import UploadStage
 from tasks.session import at_work
 from tasks.upload import make_shards, restore_shards
 from tasks.upstream import Look, Watched, WatchSpec, look, variable_name

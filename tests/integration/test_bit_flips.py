@@ -21,8 +21,11 @@ from glm_quant.hub.pin import open_hub
 from glm_quant.hub.retry import Patience
 from glm_quant.quantize.verify import verify
 from glm_quant.recipe import Recipe
+from glm_quant.stages.assemble import AssembleStage
 from glm_quant.stages.base import Stage
-from glm_quant.stages.making import AssembleStage, DownloadStage, PlanStage, QuantizeStage
+from glm_quant.stages.download import DownloadStage
+from glm_quant.stages.plan import PlanStage
+from glm_quant.stages.quantize import QuantizeStage
 from glm_quant.workspace import Workspace
 from tests.hub_server import Fault, HubServer
 

@@ -17,13 +17,10 @@ from glm_quant.calibration.texts import calibration_set
 from glm_quant.checkpoint.index import INDEX_NAME
 from glm_quant.data import tiny_glm_path
 from glm_quant.errors import WeightError
-from glm_quant.stages.making import (
-    AssembleStage,
-    CalibrateStage,
-    PlanStage,
-    QuantizeStage,
-    plan_figures,
-)
+from glm_quant.stages.assemble import AssembleStage
+from glm_quant.stages.calibrate import CalibrateStage
+from glm_quant.stages.plan import PlanStage, plan_figures
+from glm_quant.stages.quantize import QuantizeStage
 from glm_quant.streaming.weights import BuildWeights, SourceWeights, Weights
 from tests.hub_server import HubServer
 from tests.plain import PLAIN

@@ -19,7 +19,9 @@ from glm_quant.quantize.command import open_conversion, workspace_beside
 from glm_quant.quantize.verify import verify
 from glm_quant.recipe import load_recipe, parse_recipe
 from glm_quant.settings import CalibrationSettings, DivergenceSettings
-from glm_quant.stages.making import CalibrateStage, PlanStage, QuantizeStage
+from glm_quant.stages.calibrate import CalibrateStage
+from glm_quant.stages.plan import PlanStage
+from glm_quant.stages.quantize import QuantizeStage
 from glm_quant.streaming.forward import stream_together
 from glm_quant.streaming.weights import SourceWeights
 from tests.plain import PLAIN

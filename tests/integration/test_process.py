@@ -14,9 +14,11 @@ from glm_quant.errors import EvaluationError, SourceError
 from glm_quant.evaluation.process import run_apart
 from glm_quant.model.precision import users_environment
 from glm_quant.settings import DivergenceSettings
+from glm_quant.stages.assemble import AssembleStage
+from glm_quant.stages.divergence import DivergenceStage
 from glm_quant.stages.divergence_worker import DivergenceRequest
-from glm_quant.stages.making import AssembleStage, PlanStage, QuantizeStage
-from glm_quant.stages.proving import DivergenceStage
+from glm_quant.stages.plan import PlanStage
+from glm_quant.stages.quantize import QuantizeStage
 from tests.switch_worker import Answer
 
 RECIPE = """\

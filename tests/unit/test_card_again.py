@@ -14,21 +14,15 @@ from glm_quant.artifact import FileDigest, Record
 from glm_quant.build import Build, BuildSpec
 from glm_quant.checkpoint.manifest import load_manifest
 from glm_quant.errors import BusyError, CardError, IntegrityError
+from glm_quant.stages.assemble import AssembleStage, BuildRecord
 from glm_quant.stages.base import Stage
-from glm_quant.stages.making import (
-    AssembleStage,
-    BuildRecord,
-    DownloadStage,
-    PlanStage,
-    QuantizeStage,
-)
-from glm_quant.stages.proving import (
-    DivergenceStage,
-    EvaluationStage,
-    ParityStage,
-    ParityStageRecord,
-)
-from glm_quant.stages.releasing import CardStage, render_again
+from glm_quant.stages.card import CardStage, render_again
+from glm_quant.stages.divergence import DivergenceStage
+from glm_quant.stages.download import DownloadStage
+from glm_quant.stages.evaluate import EvaluationStage
+from glm_quant.stages.parity import ParityStage, ParityStageRecord
+from glm_quant.stages.plan import PlanStage
+from glm_quant.stages.quantize import QuantizeStage
 from tests.card_numbers import CONSTANTS, numbers, unexplained
 from tests.card_records import EPYC, PARITY, rich_divergence, rich_evaluation
 

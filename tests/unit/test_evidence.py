@@ -1,6 +1,6 @@
 """The tables of a run's page: the records' own figures, a column for each baseline."""
 
-from glm_quant.stages.evidence import divergence_table, evaluation_rows
+from tasks.evidence import divergence_table, evaluation_rows
 from tests.card_records import M3, divergence_record, rich_evaluation
 
 

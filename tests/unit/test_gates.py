@@ -23,17 +23,17 @@ from glm_quant.evaluation.records import (
 from glm_quant.parity import ParityRecord
 from glm_quant.recipe import ParitySettings
 from glm_quant.settings import Bound
-from glm_quant.stages.approving import give_word, identity, last_word
-from glm_quant.stages.gates import check_targets, publishable_files
-from glm_quant.stages.making import AssembleStage, DownloadStage, PlanStage, QuantizeStage
-from glm_quant.stages.proving import (
-    DivergenceStage,
-    EvaluationStage,
-    ParityStage,
-    ParityStageRecord,
-)
-from glm_quant.stages.publishing import PublishStage, early_targets
-from glm_quant.stages.releasing import CardRecord, CardStage
+from glm_quant.stages.approval import give_word, identity, last_word
+from glm_quant.stages.assemble import AssembleStage
+from glm_quant.stages.card import CardRecord, CardStage
+from glm_quant.stages.divergence import DivergenceStage
+from glm_quant.stages.download import DownloadStage, check_targets
+from glm_quant.stages.evaluate import EvaluationStage
+from glm_quant.stages.parity import ParityStage, ParityStageRecord
+from glm_quant.stages.plan import PlanStage
+from glm_quant.stages.publish import PublishStage, publishable_files
+from glm_quant.stages.quantize import QuantizeStage
+from glm_quant.stages.upload import early_targets
 from tests.card_records import EPYC
 
 RECIPE = """\

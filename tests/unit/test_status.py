@@ -8,7 +8,10 @@ import pytest
 
 from glm_quant.build import Build, BuildSpec
 from glm_quant.errors import InputError, WeightError
-from glm_quant.stages.making import AssembleStage, DownloadStage, PlanStage, QuantizeStage
+from glm_quant.stages.assemble import AssembleStage
+from glm_quant.stages.download import DownloadStage
+from glm_quant.stages.plan import PlanStage
+from glm_quant.stages.quantize import QuantizeStage
 from glm_quant.status import WorkspaceStatus, read_status
 from glm_quant.workspace import Workspace
 

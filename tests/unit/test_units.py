@@ -16,9 +16,8 @@ import yaml
 from deployments.launchd_systemd import Place, launch_agents, rotate_log, systemd_units
 from deployments.service import server
 from flows.watch import watch
-from glm_quant.build import BuildSpec
+from glm_quant.build import AssessSpec, BuildSpec
 from glm_quant.recipe import recipe_names
-from glm_quant.stages.assessing import AssessSpec
 from tasks.upstream import WatchSpec
 
 ROOT = Path(__file__).parents[2]

@@ -1,78 +1,21 @@
-"""The stages that prove and measure a build: parity, divergence, evaluate."""
+"""How far the build is from its source."""
 
 from importlib.metadata import version
 from pathlib import Path
 
-from glm_quant.artifact import Record
 from glm_quant.evaluation.baselines import Baseline, open_baseline
 from glm_quant.evaluation.divergence import VERSION, build_folder, check_bounds
 from glm_quant.evaluation.divergence_beside import compare_divergence
 from glm_quant.evaluation.divergence_record import DivergenceRecord
-from glm_quant.evaluation.evaluate import evaluate, evaluation_inputs
 from glm_quant.evaluation.perplexity import digest_text
 from glm_quant.evaluation.process import run_apart
-from glm_quant.evaluation.records import EvaluationRecord
 from glm_quant.evaluation.token_set import read_texts
 from glm_quant.fingerprint import Canonical
-from glm_quant.parity import ParityRecord, check_parity
 from glm_quant.quantize.convert import Progress
+from glm_quant.stages.assemble import AssembleStage
 from glm_quant.stages.base import Stage
 from glm_quant.stages.divergence_worker import DivergenceRequest
-from glm_quant.stages.making import AssembleStage
-
-
-class ParityStageRecord(Record):
-    """What the parity stage found."""
-
-    found: ParityRecord
-
-
-class ParityStage(Stage[ParityStageRecord]):
-    """The build computes what the reference computes, within the recipe's bounds."""
-
-    name = "parity"
-    record_type = ParityStageRecord
-
-    def inputs(self) -> Canonical:
-        """Return the build and what it is compared with, how."""
-        return {
-            "build": AssembleStage(self.build).fingerprint(),
-            **self.how(),
-        }
-
-    def how(self) -> dict[str, Canonical]:
-        """Return how they are compared, whatever is compared."""
-        return {
-            "settings": self.build.recipe.parity.model_dump_json(),
-            "versions": [version(name) for name in ("mlx", "mlx-lm", "transformers")],
-        }
-
-    def make(self, progress: Progress) -> ParityStageRecord:
-        """Compare.
-
-        Raises:
-            ParityError: a bound is broken, or the reference is not installed.
-        """
-        workspace = self.build.workspace
-        found = check_parity(
-            self.build.checkpoint,
-            workspace.checkpoint,
-            self.build.recipe.parity,
-            scratch=workspace.scratch,
-        )
-        progress(1, 1)
-        return ParityStageRecord(fingerprint=self.fingerprint(), found=found)
-
-    def summarize(self, record: ParityStageRecord) -> str:
-        """Return what matters most: the runtime's error and the build's divergence."""
-        found = record.found
-        said = [f"{len(found.layers)} layers, largest error {found.max_layer_error:.1e}"]
-        if found.logits:
-            worst = max(found.logits.below_topk, found.logits.above_topk, found.logits.cached)
-            said.append(f"logits within {worst:.1e} of transformers")
-        if found.mean_kl is not None and found.top1_agreement is not None:
-            said.append(f"build: KL {found.mean_kl:.4f}, top-1 {found.top1_agreement:.1%}")
-        return "; ".join(said)
+from glm_quant.stages.verify import VerifyStage
 
 
 class DivergenceStage(Stage[DivergenceRecord]):
@@ -171,40 +114,13 @@ class DivergenceStage(Stage[DivergenceRecord]):
         )
 
 
-class EvaluationStage(Stage[EvaluationRecord]):
-    """What the build can do, measured in a process of its own, within the recipe's bounds."""
-
-    name = "evaluate"
-    record_type = EvaluationRecord
+class AssessDivergenceStage(DivergenceStage):
+    """Divergence of a build that the manifest, not a plan, identifies."""
 
     def inputs(self) -> Canonical:
-        """Return the build, the settings, the texts, the baselines and the versions."""
-        build = self.build
-        return evaluation_inputs(
-            build.workspace.checkpoint, build.recipe.evaluation, build.baselines
-        )
-
-    def make(self, progress: Progress) -> EvaluationRecord:
-        """Measure.
-
-        Raises:
-            EvaluationError: the model crashed, or a bound is broken.
-        """
-        workspace, recipe = self.build.workspace, self.build.recipe
-        return evaluate(
-            workspace.checkpoint,
-            recipe.evaluation,
-            folder=workspace.records / "measurements",
-            baselines=self.build.baselines,
-            stage_fingerprint=self.fingerprint(),
-            progress=progress,
-        )
-
-    def summarize(self, record: EvaluationRecord) -> str:
-        """Return perplexity, needle score and decode speed."""
-        found = record.measurements
-        said = [f"perplexity {p.value:.3f}" for p in found.perplexity]
-        if found.needle:
-            said.append(f"needle {found.needle.score:.0%}")
-        said += [f"{s.decode_rate:,.1f} tok/s after {s.prompt_tokens}" for s in found.speed[:1]]
-        return ", ".join(said)
+        """Return the build's manifest, its source, and how they are compared."""
+        return {
+            "build": VerifyStage(self.build).inputs(),
+            "source": self.build.checkpoint.source.uri,
+            "how": self.how(),
+        }

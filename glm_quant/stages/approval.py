@@ -5,7 +5,7 @@ from glm_quant.build import Build
 from glm_quant.checkpoint.manifest import MANIFEST_NAME
 from glm_quant.errors import ApprovalError, InputError
 from glm_quant.fingerprint import fingerprint
-from glm_quant.stages.publishing import PublishStage
+from glm_quant.stages.publish import PublishStage
 from glm_quant.workspace import Workspace
 
 APPROVAL_NAME = "approval.json"

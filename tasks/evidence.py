@@ -14,7 +14,7 @@ from glm_quant.parity import ParityRecord
 from glm_quant.report import benchmarks
 from glm_quant.report import format as say
 from glm_quant.report.correctness import parity_rows, parity_value
-from glm_quant.stages.making import PlanFigures
+from glm_quant.stages.plan import PlanFigures
 
 Rows = list[dict[str, str]]
 

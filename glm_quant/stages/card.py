@@ -1,4 +1,4 @@
-"""The stage that tells people of a build: card. It needs the workspace alone, not the source."""
+"""The model card. It needs the workspace alone, not the source."""
 
 import hashlib
 import json
@@ -26,19 +26,13 @@ from glm_quant.report.inputs import (
     SourceFacts,
     missing_record,
 )
+from glm_quant.stages.assemble import AssembleStage, BuildRecord
 from glm_quant.stages.base import Stage
-from glm_quant.stages.making import (
-    AssembleStage,
-    BuildRecord,
-    PlanRecord,
-    SourceRecord,
-)
-from glm_quant.stages.proving import (
-    DivergenceStage,
-    EvaluationStage,
-    ParityStage,
-    ParityStageRecord,
-)
+from glm_quant.stages.divergence import DivergenceStage
+from glm_quant.stages.download import SourceRecord
+from glm_quant.stages.evaluate import EvaluationStage
+from glm_quant.stages.parity import ParityStage, ParityStageRecord
+from glm_quant.stages.plan import PlanRecord
 from glm_quant.workspace import Workspace
 
 _CONFIG = "config.json"

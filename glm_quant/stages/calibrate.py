@@ -1,0 +1,59 @@
+"""What the inputs of each weight are, for a recipe that encodes with it."""
+
+from glm_quant.calibration.own import STAGE as CALIBRATE
+from glm_quant.calibration.own import CalibrationRecord, calibrate_build, calibration_inputs
+from glm_quant.fingerprint import Canonical
+from glm_quant.quantize.convert import Progress
+from glm_quant.stages.base import Stage
+
+
+class CalibrateStage(Stage[CalibrationRecord]):
+    """How loud the inputs of each weight are, where the recipe wants to know it."""
+
+    name = CALIBRATE
+    record_type = CalibrationRecord
+
+    def inputs(self) -> Canonical:
+        """Return the texts, the settings, and the source."""
+        return calibration_inputs(self.build.checkpoint, self.build.recipe)
+
+    def make(self, progress: Progress) -> CalibrationRecord:
+        """Stream texts through the source, and those of the divergence stage with them.
+
+        Where the source is not a folder the weights are encoded on the way.
+
+        Raises:
+            RecipeError: a text cannot be read, or is one that is evaluated.
+            EvaluationError: the memory is too small for the longest sequence.
+        """
+        build = self.build
+        return calibrate_build(
+            build.checkpoint,
+            build.recipe,
+            build.workspace,
+            progress,
+            reference=True,
+            converting=build.conversion if build.converts_too else None,
+        )
+
+    def keep(self, record: CalibrationRecord) -> None:
+        """Write the record, and plan with what was found."""
+        super().keep(record)
+        self.build.make_plan()
+
+    def summarize(self, record: CalibrationRecord) -> str:
+        """Return what was seen, and which experts met too little of it."""
+        return (
+            f"{record.tokens:,} tokens, {record.weights:,} weights, {record.factors:,} factors; "
+            f"{record.thin:,} of {record.experts:,} experts met too few tokens of their own"
+            f"{_worst_layer(record)}"
+        )
+
+
+def _worst_layer(record: CalibrationRecord) -> str:
+    if not record.layers:
+        return ""
+    layer, error = max(record.layers.items(), key=lambda item: item[1].of_added)
+    return (
+        f"; encoded too, layer {layer} has the largest error: {error.of_added:.2%} of what it adds"
+    )

@@ -1,0 +1,72 @@
+"""The source is there, whole, and what its headers say it is."""
+
+from glm_quant.artifact import Record
+from glm_quant.build import Build
+from glm_quant.evaluation.evaluate import require_measurable
+from glm_quant.fingerprint import Canonical
+from glm_quant.hub.license import require_license
+from glm_quant.quantize.assemble import source_label
+from glm_quant.quantize.convert import Progress
+from glm_quant.stages.base import Stage
+
+
+class SourceRecord(Record):
+    """What was found at the source: every header was read and held against the config."""
+
+    uri: str
+    revision: str | None
+    shards: int
+    tensors: int
+    size_bytes: int
+
+
+class DownloadStage(Stage[SourceRecord]):
+    """The source is whole. A folder is used where it is; nothing is copied."""
+
+    name = "download"
+    record_type = SourceRecord
+
+    def inputs(self) -> Canonical:
+        """Return the identity of every file of the source."""
+        checkpoint = self.build.checkpoint
+        return {
+            "uri": checkpoint.source.uri,
+            "files": {name: file.identity for name, file in checkpoint.files.items()},
+        }
+
+    def make(self, progress: Progress) -> SourceRecord:
+        """Count what opening the build has checked."""
+        checkpoint = self.build.checkpoint
+        tensors = checkpoint.tensors  # raises where a shard or tensor is missing
+        shards = [checkpoint.files[name] for name in checkpoint.index.shards]
+        progress(len(shards), len(shards))
+        return SourceRecord(
+            fingerprint=self.fingerprint(),
+            uri=source_label(checkpoint),
+            revision=checkpoint.source.uri.partition("@")[2] or None,
+            shards=len(shards),
+            tensors=len(tensors),
+            size_bytes=sum(shard.size_bytes for shard in shards),
+        )
+
+    def summarize(self, record: SourceRecord) -> str:
+        """Return shards, tensors and size."""
+        return (
+            f"{record.uri}: {record.shards} shards, {record.tensors:,} tensors, "
+            f"{record.size_bytes / 1e9:,.3f} GB"
+        )
+
+
+def check_targets(build: Build) -> None:
+    """Refuse, before anything expensive, what measuring and publishing would refuse in the end.
+
+    Raises:
+        RecipeError: a text, a file or a baseline of the recipe cannot be read.
+        EvaluationError: what the recipe measures with is not installed.
+        PublishError: a target's address is malformed, or the licence stands in the way.
+    """
+    require_measurable(build.recipe.evaluation, build.baselines)
+    for target in build.targets:
+        build.open_target(target, "unused")
+    if build.targets:
+        require_license(build.checkpoint.source, build.recipe.publish, build.recipe.file)
