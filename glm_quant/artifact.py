@@ -21,6 +21,8 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from glm_quant.errors import DiskSpaceError, IntegrityError
 
 _BLOCK = 8 << 20
+# What a file is called until it is whole: see `_temporary`.
+TEMPORARY_NAME = re.compile(r"\..+\.\d+\.part")
 _SEAL = re.compile(rb',\n  "seal": "([0-9a-f]{64})"\n}\n\Z')
 
 
@@ -157,7 +159,7 @@ def sync_folder(folder: Path) -> None:
 def write_atomic(path: Path, data: bytes) -> None:
     """Write a small file so that `path` never shows anything but whole content."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
+    temporary = _temporary(path)
     with temporary.open("wb") as file:
         file.write(data)
         file.flush()
@@ -168,12 +170,16 @@ def write_atomic(path: Path, data: bytes) -> None:
 def copy_atomic(source: Path, target: Path) -> None:
     """Copy a file so that `target` is whole or absent."""
     target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.part")
+    temporary = _temporary(target)
     with source.open("rb") as reader, temporary.open("wb") as writer:
         shutil.copyfileobj(reader, writer, _BLOCK)
         writer.flush()
         sync_file(writer.fileno())
     publish_file(temporary, target)
+
+
+def _temporary(path: Path) -> Path:
+    return path.with_name(f".{path.name}.{os.getpid()}.part")
 
 
 def publish_file(temporary: Path, target: Path) -> None:

@@ -17,12 +17,17 @@ WORKSPACE/
 
 import fcntl
 import os
+import re
 from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from glm_quant.errors import BusyError, InputError, OutputError
+from glm_quant.litter import entries
+
+# What an output shard of any plan is called.
+SHARD_NAME = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors")
 
 _OURS = {
     "checkpoint",
@@ -133,23 +138,34 @@ class Workspace:
         """Make the folder, refusing one that holds something else.
 
         The lock file is the mark of a workspace: a folder named `checkpoint` alone is none, many a
-        training run has one.
+        training run has one. In a workspace that was worked in, other files are nobody's business,
+        unless they lie among the shards and would be loaded with them.
 
         Raises:
-            OutputError: the folder has files that no run of ours makes.
+            OutputError: the folder has files that no run of ours makes, or the checkpoint in it a
+                shard that is no plan's.
         """
         if self.root.exists() and not self.root.is_dir():
             raise OutputError(f"{self.root}: this is a file. Choose a folder with --workspace.")
         self.root.mkdir(parents=True, exist_ok=True)
         lock = self.root / ".lock"
         known = _OURS if lock.exists() else set[str]()
-        strangers = sorted(p.name for p in self.root.iterdir() if p.name not in known)
-        if strangers:
+        strangers = [path.name for path in entries(self.root) if path.name not in known]
+        if strangers and not (lock.exists() and self.records.is_dir()):
             raise OutputError(
                 f"{self.root}: the workspace holds something else ({', '.join(strangers[:3])}). "
                 "Choose an empty folder with --workspace."
             )
+        self._refuse_foreign_shards()
         lock.touch()
+
+    def _refuse_foreign_shards(self) -> None:
+        for path in entries(self.checkpoint, "*.safetensors"):
+            if not SHARD_NAME.fullmatch(path.name):
+                raise OutputError(
+                    f"{path}: it is no shard of a build, and loaders would read it with the "
+                    "build's. Move it elsewhere."
+                )
 
     @contextmanager
     def locked(self) -> Generator[None]:

@@ -101,6 +101,17 @@ class Made:
         self.conversion.clean()
 
 
+def leave_litter(folder: Path) -> None:
+    """Leave in a folder what macOS, Windows and Linux leave there."""
+    for name in (".DS_Store", "Thumbs.db", "desktop.ini", "._notes.txt"):
+        (folder / name).write_bytes(b"\0litter")
+    for name in (".Spotlight-V100", ".fseventsd", ".Trashes", "lost+found"):
+        (folder / name).mkdir(exist_ok=True)
+        (folder / name / "inside.json").write_bytes(b"\0litter")
+    for path in [*folder.glob("[!.]*.safetensors"), *folder.glob("[!.]*.json")]:
+        path.with_name(f"._{path.name}").write_bytes(b"\0litter")  # exFAT: one a file
+
+
 @pytest.fixture(scope="session")
 def release(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Give a folder with config.json and index of zai-org/GLM-5.2, and no weights."""

@@ -31,6 +31,7 @@ from glm_quant.errors import OutputError
 from glm_quant.evaluation.divergence import half_of_memory, reference_key
 from glm_quant.evaluation.token_set import TokenSet
 from glm_quant.fingerprint import fingerprint
+from glm_quant.litter import entries
 from glm_quant.model.geometry import Geometry
 from glm_quant.streaming.activations import load_arrays, save_arrays
 from glm_quant.streaming.forward import Party, stream_together
@@ -91,7 +92,7 @@ def calibrate(
     known = ImatrixRecord.load(output / RECORD_NAME)
     if known is not None and known.fingerprint == key and known.is_whole(output):
         return known
-    names = sorted(path.name for path in output.glob("*"))
+    names = [path.name for path in entries(output)]
     torn = [name for name in names if _TORN.fullmatch(name)]
     strangers = [name for name in names if name not in torn and not _OURS.fullmatch(name)]
     if strangers:

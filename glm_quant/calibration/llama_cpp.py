@@ -30,6 +30,7 @@ from glm_quant.checkpoint.imatrix import (
 )
 from glm_quant.errors import IntegrityError, OutputError, RecipeError
 from glm_quant.fingerprint import fingerprint
+from glm_quant.litter import entries
 from glm_quant.streaming.activations import save_arrays
 
 # Raise it when what is read from a file changes.
@@ -72,8 +73,10 @@ def read_llama_cpp(file: Path, output: Path) -> ImatrixRecord:
         OutputError: the folder holds something else.
     """
     output = output.expanduser().absolute()
-    if output.exists() and any(output.iterdir()):
-        raise OutputError(f"{output}: the folder holds something. Choose an empty one.")
+    if strangers := entries(output):
+        raise OutputError(
+            f"{output}: the folder holds something ({strangers[0].name}). Choose an empty one."
+        )
     found, tokens = _sums_of(file)
     digest = sha256_file(file)
     tensors: dict[str, Any] = {}

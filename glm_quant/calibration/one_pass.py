@@ -20,6 +20,7 @@ from glm_quant.artifact import Record
 from glm_quant.checkpoint.imatrix import Imatrix
 from glm_quant.checkpoint.near import NearSource, Walk, nearing
 from glm_quant.checkpoint.reader import Checkpoint
+from glm_quant.litter import entries
 from glm_quant.model.geometry import Geometry
 from glm_quant.quantize.assemble import output_config
 from glm_quant.quantize.convert import Conversion
@@ -68,7 +69,7 @@ def source_bytes(checkpoint: Checkpoint, workspace: Workspace) -> int:
     if places is None or checkpoint.missing_shards:  # a plan needs none of them
         return 0
     sizes = {name: checkpoint.files[name].size_bytes for name in checkpoint.index.shards}
-    here = sum(path.stat().st_size for path in workspace.source.glob("*"))
+    here = sum(path.stat().st_size for path in entries(workspace.source))
     return max(0, walk_of(checkpoint).cost(sizes, places).disk_bytes - here)
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Protocol
 
 from glm_quant.errors import SourceError
+from glm_quant.litter import entries
 
 
 @dataclass(frozen=True)
@@ -95,7 +96,7 @@ class FolderSource:
     def files(self) -> Mapping[str, SourceFile]:
         """All plain files of the folder by name (subfolders are not part of a checkpoint)."""
         found: dict[str, SourceFile] = {}
-        for path in sorted(self._folder.iterdir()):
+        for path in entries(self._folder):
             if path.is_file() and not path.name.startswith("."):
                 stat = path.stat()
                 identity = f"stat:{stat.st_size}:{stat.st_mtime_ns}"

@@ -18,6 +18,7 @@ from glm_quant.artifact import full_disk_named
 from glm_quant.checkpoint.index import INDEX_NAME
 from glm_quant.checkpoint.reader import Checkpoint
 from glm_quant.checkpoint.source import FolderSource, Source, SourceFile
+from glm_quant.litter import entries
 
 
 class SpooledSource:
@@ -60,7 +61,7 @@ class SpooledSource:
 
     def forget(self) -> None:
         """Delete everything that was kept."""
-        for path in self._folder.iterdir():
+        for path in entries(self._folder):
             path.unlink()
 
     def expect(self, names: Sequence[str]) -> None:

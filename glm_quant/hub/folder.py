@@ -17,8 +17,10 @@ from glm_quant.artifact import FileDigest, copy_atomic, full_disk_named, sha256_
 from glm_quant.checkpoint.manifest import MANIFEST_NAME, load_manifest
 from glm_quant.checkpoint.source import FolderSource, Source, SourceFile
 from glm_quant.errors import CheckpointError, PublishError
-from glm_quant.hub.target import Listing, Published, compare
+from glm_quant.hub.target import Listing, Published, compare, may_be_stale
+from glm_quant.litter import entries, files_below
 
+_CARD_NAME = "README.md"
 _AT_FDCWD = -100
 _RENAME_EXCHANGE = 2  # linux/fs.h; macOS calls the same RENAME_SWAP (sys/stdio.h)
 
@@ -44,7 +46,7 @@ class FolderTarget:
         found: dict[str, SourceFile] = {}
         if self._place.is_dir():
             told = _told(self._place)
-            for path in sorted(p for p in self._place.rglob("*") if p.is_file()):
+            for path in files_below(self._place):
                 name = str(path.relative_to(self._place))
                 file = told.get(name)
                 if file is None or not file.is_there(self._place):
@@ -75,17 +77,18 @@ class FolderTarget:
     def publish(self, folder: Path, files: Sequence[FileDigest]) -> Published:
         """Exchange the hidden folder for the one that people see.
 
-        An earlier build of ours is replaced. Where the system cannot exchange two folders, the
-        earlier one is moved aside first: for a moment there is none.
+        An earlier build of ours is replaced; what else lies there stays. Where the system cannot
+        exchange two folders, the earlier one is moved aside first: for a moment there is none.
         """
         self._refuse(folder)
         diff = compare(folder, files, self.visible().files)
         for file in files:
             self.upload(folder, file)
         wanted = {file.path for file in files}
-        for path in [p for p in self._fresh.rglob("*") if p.is_file()]:
+        for path in files_below(self._fresh):
             if str(path.relative_to(self._fresh)) not in wanted:
                 path.unlink()
+        self._keep_foreign_files(wanted)
         sync_folder(self._fresh)
         old = self._place.with_name(f"{self._prefix}old")
         if old.exists():
@@ -114,17 +117,47 @@ class FolderTarget:
     def _staged_builds(self) -> list[Path]:
         return sorted(self._place.parent.glob(f"{self._prefix}*.new"))
 
+    def _keep_foreign_files(self, wanted: set[str]) -> None:
+        """Bring what no build of ours made to the folder that will take this one's name."""
+        for name in self._foreign_names() - wanted:
+            kept = self._fresh / name
+            kept.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                os.link(self._place / name, kept)
+            except OSError:  # a system without links, or a file that may not have any
+                copy_atomic(self._place / name, kept)
+
+    def _foreign_names(self) -> set[str]:
+        names = {str(path.relative_to(self._place)) for path in files_below(self._place)}
+        return {name for name in names if name != _CARD_NAME and not may_be_stale(name)}
+
     def _refuse(self, build: Path) -> None:
         if self._place.is_relative_to(build.resolve()):
             raise PublishError(
                 f"{self._place}: it is the build {build} itself or lies inside it. Choose another "
                 "folder."
             )
-        if self._place.exists() and not _is_ours(self._place):
+        if not self._place.exists():
+            return
+        if not self._place.is_dir():
+            raise PublishError(f"{self._place}: this is a file. Choose a folder to publish to.")
+        if self._place.is_mount():
             raise PublishError(
-                f"{self._place}: it holds something that is no build of glm-quant. Choose a folder "
-                "that does not exist yet, or remove it."
+                f"{self._place}: this is the top of a disk of its own, which nothing can replace. "
+                f"Choose a folder on that disk, such as {self._place / 'published'}."
             )
+        strangers = entries(self._place)
+        if strangers and not (self._place / MANIFEST_NAME).is_file():
+            raise PublishError(
+                f"{self._place}: it holds something that is no build of glm-quant "
+                f"({strangers[0].name}). Choose a folder that does not exist yet, or remove it."
+            )
+        for name in sorted(self._foreign_names()):
+            if name.endswith(".safetensors") and "/" not in name:
+                raise PublishError(
+                    f"{self._place / name}: it is no shard of a build, and loaders would read it "
+                    "with the build's. Move it elsewhere."
+                )
 
 
 def exchange(one: Path, other: Path) -> bool:
@@ -144,10 +177,6 @@ def _told(folder: Path) -> dict[str, FileDigest]:
         return {shard.file.path: shard.file for shard in load_manifest(folder).shards}
     except CheckpointError:
         return {}
-
-
-def _is_ours(target: Path) -> bool:
-    return target.is_dir() and ((target / MANIFEST_NAME).is_file() or not any(target.iterdir()))
 
 
 def _link_or_copy(source: Path, target: Path) -> bool:

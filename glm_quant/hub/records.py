@@ -28,6 +28,7 @@ from glm_quant.errors import BusyError, GlmQuantError, PublishError
 from glm_quant.hub.objects import AbsentError, Objects, TakenError
 from glm_quant.hub.retry import Patience, retry
 from glm_quant.hub.s3 import parse_s3_uri, s3_client
+from glm_quant.litter import files_below
 from glm_quant.workspace import Workspace
 
 _log = logging.getLogger(__name__)
@@ -220,7 +221,8 @@ class SharedRecords:
     def _push(self) -> None:
         """Copy what is new or another than before, and delete what is gone here."""
         here = {
-            path.relative_to(self._folder).as_posix(): path for path in self._folder.rglob("*.json")
+            path.relative_to(self._folder).as_posix(): path
+            for path in files_below(self._folder, "*.json")
         }
         shared = {name: path for name, path in here.items() if is_shared(name)}
         for name, path in shared.items():

@@ -19,6 +19,7 @@ from glm_quant.checkpoint.source import Source, SourceFile
 from glm_quant.errors import PublishError
 from glm_quant.hub.remote import content_identity
 from glm_quant.quantize.assemble import COMPANIONS, RUNTIME_NAME
+from glm_quant.workspace import SHARD_NAME
 
 SHARD_ENDING = ".safetensors"
 
@@ -160,7 +161,7 @@ def compare(folder: Path, files: Sequence[FileDigest], there: Mapping[str, Sourc
     deleted = [
         Change(name, file.size_bytes)
         for name, file in sorted(there.items())
-        if name not in ours and _may_be_stale(name)
+        if name not in ours and may_be_stale(name)
     ]
     return Diff(tuple(added), tuple(changed), tuple(deleted), tuple(unchanged))
 
@@ -179,10 +180,10 @@ def refuse_strangers(uri: str, there: Mapping[str, SourceFile]) -> None:
         )
 
 
-def _may_be_stale(name: str) -> bool:
+def may_be_stale(name: str) -> bool:
     """Whether an earlier build of ours may have brought a file. Nobody else's file is deleted."""
     path = PurePosixPath(name)
     if path.parent == PurePosixPath("assets"):
         return path.suffix == ".png"
     made = (*COMPANIONS, INDEX_NAME, MANIFEST_NAME, RUNTIME_NAME)
-    return name in made or (len(path.parts) == 1 and path.suffix == SHARD_ENDING)
+    return name in made or (len(path.parts) == 1 and SHARD_NAME.fullmatch(name) is not None)

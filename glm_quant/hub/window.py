@@ -16,6 +16,7 @@ from glm_quant.checkpoint.source import SourceFile
 from glm_quant.errors import RunError, SourceError
 from glm_quant.hub.fetch import Download
 from glm_quant.hub.retry import StoppedError
+from glm_quant.litter import entries
 
 _log = logging.getLogger(__name__)
 
@@ -236,7 +237,7 @@ class Window:
             kept |= {download.path, download.part, download.marks}
         if not self._folder.exists():
             return
-        for path in self._folder.iterdir():
+        for path in entries(self._folder):
             if path not in kept:
                 _log.info("%s: a leftover, deleted", path)
                 path.unlink()

@@ -18,6 +18,7 @@ from mlx.utils import tree_flatten
 
 from glm_quant.checkpoint.reader import Checkpoint
 from glm_quant.errors import ParityError
+from glm_quant.litter import entries
 from glm_quant.model.runtime import load_runtime, read_config
 from glm_quant.parity.measures import Array
 
@@ -40,7 +41,7 @@ def load_unquantized(source: Path, output: Path) -> Any:
     runtime = load_runtime(output)
     model = runtime.Model(reference_args(runtime, output))
     weights: dict[str, mx.array] = {}
-    for shard in sorted(source.glob("model*.safetensors")):
+    for shard in entries(source, "model*.safetensors"):
         weights.update(load_shard(shard))
     try:
         model.load_weights(list(model.sanitize(weights).items()), strict=True)

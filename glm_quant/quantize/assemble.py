@@ -13,18 +13,20 @@ from pathlib import Path
 from typing import Any
 
 from glm_quant import __version__
-from glm_quant.artifact import FileDigest, full_disk_named, write_atomic
+from glm_quant.artifact import TEMPORARY_NAME, FileDigest, full_disk_named, write_atomic
 from glm_quant.checkpoint.index import INDEX_NAME
 from glm_quant.checkpoint.manifest import Manifest, ManifestShard
 from glm_quant.checkpoint.reader import Checkpoint
 from glm_quant.codes.scheme import Quantized, Scheme
 from glm_quant.errors import RunError
 from glm_quant.fingerprint import fingerprint
+from glm_quant.litter import entries
 from glm_quant.model.restructure import OutputWeight
 from glm_quant.quantize.convert import Conversion, ShardRecord
 from glm_quant.quantize.jobs import BLOCK_ELEMENTS
 from glm_quant.quantize.plan import Plan
 from glm_quant.recipe import Recipe
+from glm_quant.workspace import SHARD_NAME
 
 RUNTIME_NAME = "glm_moe_dsa.py"
 
@@ -168,11 +170,12 @@ def _finished(conversion: Conversion, shard: int) -> ShardRecord:
 
 def _remove_strays(folder: Path, planned: set[str]) -> None:
     """Remove what an earlier plan or a killed run of ours left in the output."""
-    for path in folder.glob("model*.safetensors"):
-        if path.name not in planned:
+    for path in entries(folder, "model*.safetensors"):
+        if path.name not in planned and SHARD_NAME.fullmatch(path.name):
             path.unlink()  # loaders take every model*.safetensors
-    for path in folder.glob(".*.part"):
-        path.unlink()
+    for path in entries(folder, ".*.part"):
+        if TEMPORARY_NAME.fullmatch(path.name):
+            path.unlink()
 
 
 def _index(plan: Plan) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from glm_quant.checkpoint.manifest import Manifest
 from glm_quant.checkpoint.reader import Checkpoint
 from glm_quant.checkpoint.source import Source
 from glm_quant.errors import OutputError
+from glm_quant.litter import entries
 from glm_quant.quantize.assemble import assemble
 from glm_quant.quantize.convert import Conversion, Watcher
 from glm_quant.quantize.plan import PlannedShard, make_plan
@@ -137,8 +138,8 @@ def _check_output(workspace: Workspace, planned: set[str]) -> None:
             f"{output}: this is the top of a disk of its own; finished shards are moved into the "
             f"output from beside it. Choose a folder on that disk, such as {output / 'build'}."
         )
-    names = sorted(path.name for path in output.iterdir())
-    ours = planned | {path.stem for path in (workspace.records / "shards").glob("*.json")}
+    names = [path.name for path in entries(output)]
+    ours = planned | {path.stem for path in entries(workspace.shard_records, "*.json")}
     begun = workspace.root.exists()
     foreign = [n for n in names if not begun or (n.endswith(".safetensors") and n not in ours)]
     if foreign:

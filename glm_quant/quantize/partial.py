@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from glm_quant.artifact import FileDigest, publish_file, sync_file
 from glm_quant.errors import IntegrityError
+from glm_quant.litter import entries
 from glm_quant.quantize.journal import Entry, Journal, Piece
 from glm_quant.quantize.plan import PlannedShard, PlannedTensor
 
@@ -56,7 +57,7 @@ class PartialOutputs:
             self._take_note(entry)
         self.unflushed_bytes = 0
         if self._journal.is_new:
-            for path in folder.glob("*.part"):
+            for path in entries(folder, "*.part"):
                 path.unlink()
 
     @property

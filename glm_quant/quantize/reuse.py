@@ -18,6 +18,7 @@ from glm_quant.artifact import publish_file
 from glm_quant.checkpoint.header import header_length, parse_header
 from glm_quant.checkpoint.manifest import MANIFEST_NAME
 from glm_quant.errors import HeaderError
+from glm_quant.litter import entries
 from glm_quant.quantize.outputs import Outputs
 from glm_quant.quantize.plan import PlannedTensor, PlannedWeight
 from glm_quant.quantize.records import ShardRecord
@@ -83,14 +84,14 @@ class ReuseStore:
         keys: set[str] = set()
         for workspace in (self._workspace, *self._others):
             for folder in (workspace.shard_records, workspace.previous):
-                for path in folder.glob("*.json"):
+                for path in entries(folder, "*.json"):
                     record = ShardRecord.load(path)
                     keys |= set(record.keys.values()) if record else set()
         return keys
 
     def _has_records(self) -> bool:
         places = (self._workspace.shard_records, self._workspace.previous)
-        return bool(self._others) or any(any(place.glob("*.json")) for place in places)
+        return bool(self._others) or any(entries(place, "*.json") for place in places)
 
     def _move_aside(self, outputs: Outputs, unfinished: set[int], wanted: set[str]) -> None:
         keep = {shard.name for i, shard in enumerate(outputs.plan.shards) if i not in unfinished}
@@ -106,7 +107,7 @@ class ReuseStore:
 
     def _moved_aside(self) -> list[tuple[Path, ShardRecord]]:
         shards: list[tuple[Path, ShardRecord]] = []
-        for path in sorted(self._workspace.previous.glob("*.safetensors")):
+        for path in entries(self._workspace.previous, "*.safetensors"):
             record = ShardRecord.load(path.with_suffix(".json"))
             if record and path.stat().st_size == record.outputs[0].size_bytes:
                 shards.append((path, record))
@@ -155,7 +156,7 @@ def _find(index: _Index, planned: PlannedWeight, key: str) -> dict[str, Reusable
 
 def finished_shards(workspace: Workspace) -> Iterator[tuple[Path, ShardRecord]]:
     """Yield the finished output shards of a workspace, whatever plan they are of."""
-    for entry in sorted(workspace.shard_records.glob("*.json")):
+    for entry in entries(workspace.shard_records, "*.json"):
         record = ShardRecord.load(entry)
         if record and record.outputs and record.is_whole(workspace.checkpoint):
             yield workspace.checkpoint / record.outputs[0].path, record

@@ -23,6 +23,7 @@ from glm_quant.checkpoint.reader import Checkpoint
 from glm_quant.checkpoint.source import Source
 from glm_quant.codes.scheme import Quantized, Scheme, Stored, layouts
 from glm_quant.errors import CheckpointError, IntegrityError
+from glm_quant.litter import entries
 from glm_quant.model.geometry import Geometry, Shape
 from glm_quant.model.restructure import OutputWeight, output_weights
 from glm_quant.quantize.assemble import output_config, take_census
@@ -86,7 +87,9 @@ def verify(
 def _check_structure(folder: Path, manifest: Manifest) -> int:
     """Hold index, shard headers, config and manifest against each other."""
     known = {shard.file.path for shard in manifest.shards}
-    strays = sorted(path.name for path in folder.glob("*.safetensors") if path.name not in known)
+    strays = sorted(
+        path.name for path in entries(folder, "*.safetensors") if path.name not in known
+    )
     if strays:
         raise IntegrityError(
             f"{folder / strays[0]}: a stray shard ({len(strays)} in all) that the manifest does "

@@ -16,6 +16,7 @@ from safetensors import safe_open
 from safetensors.numpy import save_file
 
 from glm_quant.artifact import full_disk_named, publish_file, sync_file
+from glm_quant.litter import entries
 
 Arrays = Mapping[str, NDArray[Any]]
 
@@ -51,7 +52,7 @@ class Activations:
         self._folder = folder
         self._waves = waves
         folder.mkdir(parents=True, exist_ok=True)
-        for path in folder.iterdir():
+        for path in entries(folder):
             if not _NAME.fullmatch(path.name):
                 path.unlink()
 
@@ -66,7 +67,7 @@ class Activations:
     def passed(self) -> int | None:
         """Return the last layer that all waves have passed; None before the embeddings."""
         counts: dict[int, int] = {}
-        for path in self._folder.iterdir():
+        for path in entries(self._folder):
             if match := _NAME.fullmatch(path.name):
                 layer = int(match[1]) - 1
                 counts[layer] = counts.get(layer, 0) + 1
@@ -75,7 +76,7 @@ class Activations:
 
     def forget_before(self, layer: int) -> None:
         """Delete the files of the layers before one."""
-        for path in self._folder.iterdir():
+        for path in entries(self._folder):
             match = _NAME.fullmatch(path.name)
             if match and int(match[1]) - 1 < layer:
                 path.unlink()

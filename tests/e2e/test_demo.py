@@ -13,9 +13,11 @@ import pytest
 
 from glm_quant.artifact import sha256_file
 from glm_quant.data import tiny_glm_path
+from glm_quant.litter import is_litter
 from glm_quant.recipe import load_recipe
 from glm_quant.workspace import Workspace
 from tests.card_numbers import unexplained
+from tests.conftest import leave_litter
 from tests.e2e.command_line import CommandLine
 
 
@@ -24,7 +26,8 @@ def digests(folder: Path) -> dict[str, str]:
     return {
         path.name: sha256_file(path)
         for path in sorted(folder.iterdir())
-        if path.is_file() and path.name != "README.md"
+        if path.is_file() and path.name not in ("README.md", "notes.txt")
+        if not is_litter(path.name)
     }
 
 
@@ -85,11 +88,18 @@ def test_demo_ends_with_a_published_checkpoint_and_its_card(
 def test_a_second_run_does_nothing_and_a_lost_file_is_made_again(
     cli: CommandLine, quick: Path, finished: Path
 ) -> None:
-    """What stands on disk is not made again; what is gone is, and only that."""
+    """What stands on disk is not made again; what is gone is, and only that.
+
+    What an operating system or a person left in any folder of the build changes nothing and stays.
+    """
     before = digests(finished / "checkpoint")
     shards = sorted((finished / "checkpoint").glob("*.safetensors"))
     stamps = {shard.name: shard.stat().st_mtime_ns for shard in shards}
     shards[1].unlink()
+    published = finished / "published" / "quick"
+    for folder in (finished, *(path for path in finished.rglob("*") if path.is_dir())):
+        leave_litter(folder)
+        (folder / "notes.txt").write_text("a person's")
     cli.run(
         *("run", quick, "--source", tiny_glm_path(), "--workspace", finished),
         *("--publish", finished / "published" / "quick"),
@@ -98,6 +108,10 @@ def test_a_second_run_does_nothing_and_a_lost_file_is_made_again(
     changed = [name for name in stamps if stamps[name] != after[name]]
     assert changed == [shards[1].name]
     assert digests(finished / "checkpoint") == before
+    assert (finished / "notes.txt").read_text() == "a person's"
+    assert (published / "notes.txt").read_text() == "a person's"
+    for folder in (finished / "checkpoint", published):
+        cli.run("verify", folder)
 
 
 @pytest.mark.slow

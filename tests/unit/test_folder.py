@@ -9,8 +9,9 @@ from glm_quant.artifact import FileDigest
 from glm_quant.errors import IntegrityError, PublishError
 from glm_quant.hub.folder import FolderTarget, exchange
 from glm_quant.hub.target import Published
+from glm_quant.quantize.verify import verify
 
-from ..conftest import Made
+from ..conftest import Made, leave_litter
 
 
 def contents(folder: Path) -> dict[str, str]:
@@ -49,6 +50,27 @@ def test_earlier_build_is_replaced(made: Made, tmp_path: Path) -> None:
     assert (diff.added, diff.changed) == ((), ())
 
 
+def test_what_others_left_in_a_published_folder(made: Made, tmp_path: Path) -> None:
+    """Litter is nobody's; a person's files outlive another build; weights of theirs are named."""
+    target = tmp_path / "published"
+    target.mkdir()
+    leave_litter(target)
+    publish_to_folder(made.output, target)
+    leave_litter(target)
+    (target / "notes" / "draft").mkdir(parents=True)
+    for name in ("notes.txt", "notes/draft/run.log"):
+        (target / name).write_text("a person's")
+    diff = publish_to_folder(made.output, target).diff
+    assert (diff.added, diff.changed, diff.deleted) == ((), (), ())
+    assert (target / "notes.txt").read_text() == "a person's"
+    assert (target / "notes" / "draft" / "run.log").read_text() == "a person's"
+    verify(target)
+    (target / "lora.safetensors").write_bytes(b"a person's")
+    with pytest.raises(PublishError, match=r"lora\.safetensors: it is no shard of a build"):
+        publish_to_folder(made.output, target)
+    assert (target / "lora.safetensors").read_bytes() == b"a person's"
+
+
 def test_leftovers_of_a_killed_run(made: Made, tmp_path: Path) -> None:
     """What a killed run left beside the target does not stop the next one, and does not stay."""
     target = tmp_path / "published"
@@ -68,7 +90,7 @@ def test_foreign_target(made: Made, tmp_path: Path) -> None:
     with pytest.raises(PublishError, match=r"it holds something that is no build of glm-quant"):
         publish_to_folder(made.output, target)
     assert contents(tmp_path / "mine").keys() == {"thesis.tex"}
-    with pytest.raises(PublishError, match="something that is no build"):
+    with pytest.raises(PublishError, match="this is a file"):
         publish_to_folder(made.output, target / "thesis.tex")
 
 

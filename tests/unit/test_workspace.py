@@ -11,6 +11,8 @@ import pytest
 from glm_quant.errors import BusyError, OutputError
 from glm_quant.workspace import Workspace
 
+from ..conftest import leave_litter
+
 HOLD = """
 import sys, time
 from pathlib import Path
@@ -46,6 +48,28 @@ def test_foreign_folder(tmp_path: Path) -> None:
     with pytest.raises(OutputError, match=r"something else \(thesis\.tex\)\. Choose an empty"):
         Workspace(tmp_path).create()
     assert [p.name for p in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+def test_litter_and_notes(tmp_path: Path) -> None:
+    """An opened disk is a fresh folder, and a note in a workspace is in nobody's way.
+
+    Weights of somebody's among the build's are: they would be loaded with them, and are named.
+    """
+    leave_litter(tmp_path)
+    workspace = Workspace(tmp_path)
+    workspace.create()
+    workspace.records.mkdir()
+    workspace.checkpoint.mkdir()
+    leave_litter(workspace.checkpoint)
+    (tmp_path / "notes.txt").write_text("x")
+    workspace.create()
+    (workspace.checkpoint / "model-00001-of-00002.safetensors").touch()
+    leave_litter(workspace.checkpoint)
+    workspace.create()
+    (workspace.checkpoint / "model-00001-of-00002 copy.safetensors").touch()
+    with pytest.raises(OutputError, match=r"copy\.safetensors: it is no shard of a build"):
+        workspace.create()
+    assert (tmp_path / "notes.txt").exists()
 
 
 def test_foreign_checkpoint_folder(tmp_path: Path) -> None:
