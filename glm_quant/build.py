@@ -158,7 +158,7 @@ class Build:
         Raises:
             PublishError: there are no targets of this kind.
         """
-        return open_target(uri, build_id, self.recipe.publish, self.workspace, patience)
+        return open_target(uri, build_id, self.recipe.publish, patience)
 
 
 _opened: dict[str, Build] = {}

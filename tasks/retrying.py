@@ -4,6 +4,7 @@ The clients of Hub and S3 have their own patience for minutes; this is for an ou
 input, a broken bound or a damaged byte would be the same next time, so those end the run at once.
 """
 
+import logging
 from typing import Any
 
 from prefect.client.schemas.objects import State, TaskRun
@@ -11,6 +12,8 @@ from prefect.task_engine import TaskRunTimeoutError
 from prefect.tasks import Task
 
 from glm_quant.errors import GlmQuantError
+
+_log = logging.getLogger("glm_quant.retrying")
 
 _MINUTES = 60
 _DELAYS = (2 * _MINUTES, 10 * _MINUTES, 30 * _MINUTES, 120 * _MINUTES)
@@ -25,9 +28,20 @@ def passing() -> dict[str, Any]:
     }
 
 
-def may_pass(_task: Task[Any, Any], _run: TaskRun, state: State[Any]) -> bool:
+def may_pass(_task: Task[Any, Any], run: TaskRun, state: State[Any]) -> bool:
     """Whether a task failed on something that another try, later, may not meet."""
     error = state.result(raise_on_failure=False)
-    if isinstance(error, TaskRunTimeoutError):
-        return True
-    return isinstance(error, GlmQuantError) and error.may_pass
+    passing_error = isinstance(error, TaskRunTimeoutError) or (
+        isinstance(error, GlmQuantError) and error.may_pass
+    )
+    if passing_error and run.run_count <= len(_DELAYS):
+        minutes = _DELAYS[run.run_count - 1] // _MINUTES
+        _log.warning(
+            "%s: try %d of %d failed, the next one is in %d minutes: %s",
+            run.name,
+            run.run_count,
+            len(_DELAYS) + 1,
+            minutes,
+            error,
+        )
+    return passing_error

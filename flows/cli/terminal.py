@@ -3,7 +3,7 @@
 import json
 import sys
 from collections.abc import Callable, Generator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from types import TracebackType
 from typing import Any, Self
 
@@ -14,6 +14,7 @@ from rich.progress import TimeRemainingColumn as Remaining
 from rich.table import Table
 from rich.text import Text
 
+from flows.cli.log_lines import warnings_shown
 from glm_quant.errors import GlmQuantError
 from glm_quant.fit.record import FitResult
 from glm_quant.status import WorkspaceStatus
@@ -31,9 +32,13 @@ def print_json(value: Any) -> None:
 
 @contextmanager
 def errors_in_one_screen(verbose: bool = False) -> Generator[None]:
-    """Turn our errors into a message and an exit code."""
+    """Turn our errors into a message and an exit code, and show warnings as they come.
+
+    With `verbose` the log itself is shown, warnings and all.
+    """
     try:
-        yield
+        with nullcontext() if verbose else warnings_shown(ERRORS):
+            yield
     except GlmQuantError as error:
         if verbose:
             ERRORS.print_exception()

@@ -32,14 +32,12 @@ def publish(
 
         build = open_build(spec)
         stages = [PublishStage(build, target) for target in build.targets]
-        found = {stage.target: (stage.diff(), stage.leftovers()) for stage in stages}
+        diffs = {stage.target: stage.diff() for stage in stages}
         if as_json:
-            print_json({t: asdict(diff) | {"leftovers": old} for t, (diff, old) in found.items()})
+            print_json({target: asdict(diff) for target, diff in diffs.items()})
             return None
-        for target, (diff, leftovers) in found.items():
+        for target, diff in diffs.items():
             OUT.print(f"{target}: {diff.describe()}")
-            for leftover in leftovers:
-                OUT.print(f"  - {leftover} (of a build that was given up)")
             for kind, files in (("+", diff.added), ("~", diff.changed), ("-", diff.deleted)):
                 for file in files:
                     OUT.print(f"  {kind} {file.name} ({file.size_bytes:,} bytes)")

@@ -51,7 +51,6 @@ def open_target(
     uri: str,
     build_id: str,
     settings: PublishSettings | None = None,
-    workspace: Workspace | None = None,
     patience: Patience | None = None,
 ) -> Target:
     """Return the target that a URI or a path names. Nothing is asked yet.
@@ -60,7 +59,6 @@ def open_target(
         uri: a folder, file://folder, hf://org/name[@branch] or s3://bucket[/prefix].
         build_id: names the build where it is uploaded out of sight.
         settings: the recipe's; default: the defaults.
-        workspace: of the build; what is known of unfinished uploads stands there.
         patience: how often to try; default: minutes.
 
     Raises:
@@ -86,7 +84,6 @@ def open_target(
             return S3Target(
                 *parse_s3_uri(uri),
                 build_id=build_id,
-                ledgers=(workspace or Workspace(Path.cwd())).records / "uploads" / "parts",
                 keep_previous=settings.keep_previous,
                 patience=patience,
             )

@@ -6,18 +6,14 @@
 `LATEST` is written last and on condition, so who follows it never sees half a build. An ETag is no
 digest: what is there is judged by the sha256 that each object carries.
 
-A build that was given up leaves shards, or parts of one. Publishing deletes them when the last came
-long ago: another machine may be filling a folder of this prefix, and would do so daily.
+A build that is given up leaves its folder; deployments/README.md has the command that deletes it.
 """
 
 import hashlib
 import json
 import logging
-import re
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from datetime import UTC, datetime, timedelta
-from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -27,8 +23,7 @@ from glm_quant.artifact import FileDigest
 from glm_quant.checkpoint.manifest import MANIFEST_NAME
 from glm_quant.checkpoint.source import Source, SourceFile
 from glm_quant.errors import PublishError
-from glm_quant.hub.multipart import PART_BYTES, Multipart
-from glm_quant.hub.objects import Objects, TakenError
+from glm_quant.hub.objects import PART_BYTES, Objects, TakenError
 from glm_quant.hub.retry import Patience, TransientError, retry
 from glm_quant.hub.s3 import LATEST, S3Source, s3_client
 from glm_quant.hub.target import SHARD_ENDING, Listing, Published, compare
@@ -39,8 +34,7 @@ T = TypeVar("T")
 
 
 _NAME = r"^builds/[\w-]+$"
-_OURS = re.compile(r"[0-9a-f]{12}")
-_GIVEN_UP_AFTER = timedelta(days=14)
+_PART_ATTEMPTS = 5
 
 
 class Latest(BaseModel):
@@ -71,12 +65,10 @@ class S3Target:
         prefix: str,
         *,
         build_id: str,
-        ledgers: Path,
         keep_previous: bool = False,
         client: Any = None,
         patience: Patience | None = None,
         part_bytes: int = PART_BYTES,
-        given_up_after: timedelta = _GIVEN_UP_AFTER,
     ) -> None:
         """Prepare; nothing is asked yet.
 
@@ -84,22 +76,20 @@ class S3Target:
             bucket: its name.
             prefix: the folder in it.
             build_id: names the folder of the build's files.
-            ledgers: folder of ours for what is known of uploads in parts.
             keep_previous: leave earlier builds where they are.
-            client: a boto3 S3 client; default: one with time limits, by boto3's own rules.
+            client: a boto3 S3 client; default: one with time limits, by boto3's own rules, and
+                another that tries each part of a large file several times.
             patience: how often to try.
-            part_bytes: size of a part.
-            given_up_after: so long after its last upload a build that was never published is.
+            part_bytes: size of a part of a large file.
         """
-        self._objects = Objects(client or s3_client(), bucket)
+        sender = client or s3_client(attempts=_PART_ATTEMPTS)
+        self._objects = Objects(client or s3_client(), bucket, sender)
         self._root = f"{prefix.strip('/')}/" if prefix.strip("/") else ""
         self._name = f"builds/{build_id}"
         self._build = f"{self._root}{self._name}/"
         self._keep_previous = keep_previous
         self._patience = patience or Patience()
         self._part_bytes = part_bytes
-        self._given_up_after = given_up_after
-        self._multipart = Multipart(self._objects, ledgers, self._patience, part_bytes)
 
     @property
     def uri(self) -> str:
@@ -123,7 +113,8 @@ class S3Target:
 
     def upload(self, folder: Path, file: FileDigest) -> None:
         """Put one file into the build's folder, and compare the object's sha256 with ours."""
-        self._ask(f"upload {file.path}", lambda: self._upload(folder, file))
+        where, patience = f"{self.uri}: upload {file.path}", self._patience.enduring()
+        retry(lambda: self._upload(folder, file), patience, where, PublishError, is_transfer=True)
 
     def publish(self, folder: Path, files: Sequence[FileDigest]) -> Published:
         """Put what is missing, then let LATEST name the build, then delete earlier ones."""
@@ -135,12 +126,7 @@ class S3Target:
         self._ask("write LATEST", lambda: self._point(files))
         if not self._keep_previous:
             self._ask("delete earlier builds", self._delete_earlier)
-        self._sweep()
         return Published(self._name, f"{self.uri}/{self._name}", diff)
-
-    def leftovers(self) -> tuple[str, ...]:
-        """Return the folders of builds that were given up."""
-        return self._ask("look for builds that were given up", self._find_leftovers)
 
     def staged(self, cache: Path) -> Source:
         """Return the build's folder."""
@@ -179,7 +165,9 @@ class S3Target:
 
     def _put(self, key: str, folder: Path, file: FileDigest, condition: dict[str, str]) -> None:
         if file.size_bytes > self._part_bytes:
-            self._multipart.put(key, folder / file.path, file, condition)
+            # Without the condition, which boto3's transfer does not know: whoever else puts
+            # this object puts the same bytes, and the digest is read back.
+            self._objects.put_file(key, folder, file, self._part_bytes)
         else:
             file.check(folder)
             data = (folder / file.path).read_bytes()
@@ -256,37 +244,6 @@ class S3Target:
         latest, _ = self._latest()
         if latest is not None and latest.prefix == self._name and latest.replaces:
             self._objects.delete(self._objects.keys(f"{self._root}{latest.replaces}/"))
-
-    def _sweep(self) -> None:
-        """Delete what given-up builds left. The build is published: a failure is only told."""
-        try:
-            for name in self.leftovers():
-                self._ask(f"delete {name}", partial(self._delete_build, name))
-                _log.info("%s: deleted %s, a build that was given up", self.uri, name)
-        except PublishError as error:
-            _log.warning("%s", error)
-
-    def _find_leftovers(self) -> tuple[str, ...]:
-        """Return builds that were never published, for whose sake nothing came for long."""
-        root = f"{self._root}builds/"
-        last: dict[str, datetime] = {}
-        published: set[str] = set()
-        for key, when in (*self._objects.dated(root), *self._objects.begun(root)):
-            name, _, file = key.removeprefix(root).partition("/")
-            last[name] = max(when, last.get(name, when))
-            if file == MANIFEST_NAME:  # `keep_previous`, or somebody reads it by its own name
-                published.add(name)
-        long_ago = datetime.now(UTC) - self._given_up_after
-        return tuple(
-            f"builds/{name}"
-            for name, when in sorted(last.items())
-            if _OURS.fullmatch(name) and name not in published and when < long_ago
-        )
-
-    def _delete_build(self, name: str) -> None:
-        folder = f"{self._root}{name}/"
-        self._objects.delete(self._objects.keys(folder))
-        self._objects.abort(folder)
 
     def _ask(self, what: str, action: Callable[[], T]) -> T:
         return retry(action, self._patience, f"{self.uri}: {what}", PublishError)

@@ -84,7 +84,7 @@ class Download:
             DiskSpaceError: there is no room for it.
             StoppedError: it was stopped.
         """
-        with full_disk_named(self._folder):
+        with full_disk_named(self._folder), self._attempts.told():
             return self.path if self._is_there() else self._fetch()
 
     def discard(self) -> None:
@@ -200,6 +200,7 @@ class Download:
         part.write(piece)
         self._digest.update(piece)
         self._have += len(piece)
+        self._attempts.note_progress()
         if self._have - self._marked >= _MARK_BYTES:
             part.flush()
             self._mark()

@@ -101,21 +101,13 @@ class FolderTarget:
             self._place.rename(old)
             self._fresh.rename(self._place)
         sync_folder(self._place.parent)
-        for leftover in [old, *self._staged_builds()]:
-            if leftover.exists():
-                shutil.rmtree(leftover)
+        if old.exists():
+            shutil.rmtree(old)
         return Published("", self.uri, diff)
-
-    def leftovers(self) -> tuple[str, ...]:
-        """Return the hidden folders of other builds."""
-        return tuple(str(path) for path in self._staged_builds() if path != self._fresh)
 
     def staged(self, cache: Path) -> Source:  # noqa: ARG002 - local files need none
         """Return the hidden folder, or the published one."""
         return FolderSource(self._fresh if self._fresh.exists() else self._place)
-
-    def _staged_builds(self) -> list[Path]:
-        return sorted(self._place.parent.glob(f"{self._prefix}*.new"))
 
     def _keep_foreign_files(self, wanted: set[str]) -> None:
         """Bring what no build of ours made to the folder that will take this one's name."""

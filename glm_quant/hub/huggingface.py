@@ -31,9 +31,8 @@ from huggingface_hub.utils._http import default_client_factory
 from glm_quant.checkpoint.source import SourceFile
 from glm_quant.errors import SourceError
 from glm_quant.hub.remote import RemoteSource
-from glm_quant.hub.retry import Patience, TransientError, asked_wait, retry
+from glm_quant.hub.retry import Patience, TransientError, asked_wait, connection_failure, retry
 from glm_quant.hub.window import DEFAULT_WINDOW
-from glm_quant.hub.xet import xet_pieces
 
 _REDIRECTS = 6
 _INFO_SECONDS = 60.0
@@ -59,7 +58,6 @@ class HubSource(RemoteSource):
         token: str | None = None,
         patience: Patience | None = None,
         timeout: httpx2.Timeout = TIMEOUT,
-        xet: bool | None = None,
         on_pin: Callable[[str], None] | None = None,
     ) -> None:
         """Pin the commit and list the files.
@@ -73,7 +71,6 @@ class HubSource(RemoteSource):
             token: default: HF_TOKEN, else what `hf auth login` stored.
             patience: how often to try.
             timeout: for each step of a request.
-            xet: fetch shards from the Xet store; default: whether GLM_QUANT_XET is 1.
             on_pin: called once with the commit, when the first shard is wanted.
 
         Raises:
@@ -81,9 +78,7 @@ class HubSource(RemoteSource):
         """
         patience = patience or Patience()
         api = hub_client(endpoint, token)
-        if xet is None:
-            xet = os.environ.get("GLM_QUANT_XET") == "1"
-        place = HubPlace(api, repo, revision, patience, timeout, xet=xet)
+        place = HubPlace(api, repo, revision, patience, timeout)
         super().__init__(place, cache, window, patience, on_pin and partial(on_pin, place.commit))
 
 
@@ -109,11 +104,8 @@ class HubPlace:
         revision: str,
         patience: Patience,
         timeout: httpx2.Timeout,
-        *,
-        xet: bool = False,
     ) -> None:
         """Pin the commit and list the files."""
-        self._xet = xet
         self._api = api
         self._repo = repo
         self._timeout = timeout
@@ -143,8 +135,8 @@ class HubPlace:
         """Open bytes `begin` to `end` of a file, following the Hub to its CDN."""
         size = self._files[name].size_bytes
         url = hf_hub_url(self._repo, name, revision=self._commit, endpoint=self._api.endpoint)
-        ours = build_hf_headers(token=self._api.token, library_name="glm-quant")
-        headers = {**ours, "Accept-Encoding": "identity"}
+        headers = build_hf_headers(token=self._api.token, library_name="glm-quant")
+        headers["Accept-Encoding"] = "identity"
         if begin > 0 or end < size:
             headers["Range"] = f"bytes={begin}-{end - 1}"
         try:
@@ -152,10 +144,6 @@ class HubPlace:
                 with get_session().stream(
                     "GET", url, headers=headers, follow_redirects=False, timeout=self._timeout
                 ) as answer:
-                    xet_hash = answer.headers.get("x-xet-hash")
-                    if self._xet and xet_hash and end == size:
-                        yield xet_pieces(self._xet_token_url, ours, xet_hash, size, begin)
-                        return
                     if answer.is_redirect:
                         target = urljoin(url, answer.headers["location"])
                         if _origin(target) != _origin(url):
@@ -166,14 +154,10 @@ class HubPlace:
                     yield _pieces(answer, begin, end, size)
                     return
         except httpx2.TransportError as error:
-            raise TransientError(f"{urlsplit(url).hostname}: {_describe(error)}") from None
+            raise connection_failure(f"{urlsplit(url).hostname}", error) from None
         except (httpx2.InvalidURL, OfflineModeIsEnabled) as error:
             raise SourceError(f"{name} of {self.uri}: {error}.") from None
         raise SourceError(f"{name} of {self.uri}: sent on {_REDIRECTS} times without an answer.")
-
-    @property
-    def _xet_token_url(self) -> str:
-        return f"{self._api.endpoint}/api/models/{self._repo}/xet-read-token/{self._commit}"
 
     def _refuse(self, answer: httpx2.Response, name: str, begin: int, end: int, size: int) -> None:
         """Raise for whatever is not the asked range, or the whole file where all was sent."""
@@ -236,7 +220,7 @@ class HubPlace:
                 f"{where}: HF_HUB_OFFLINE forbids to ask the Hub. Unset it, or give a folder."
             ) from None
         except httpx2.TransportError as error:
-            raise TransientError(f"{self._api.endpoint}: {_describe(error)}") from None
+            raise connection_failure(self._api.endpoint, error) from None
         except ValueError:
             raise TransientError(f"{self._api.endpoint} answered no JSON") from None
 
@@ -286,12 +270,6 @@ def _announced(answer: httpx2.Response, begin: int, end: int, size: int) -> tupl
 def _origin(url: str) -> tuple[str, str | None, int | None]:
     parts = urlsplit(url)
     return parts.scheme, parts.hostname, parts.port
-
-
-def _describe(error: Exception) -> str:
-    """Return what happened without the address, which may be signed."""
-    said = str(error)
-    return type(error).__name__ + (f" ({said})" if said and "://" not in said else "")
 
 
 def _pieces(answer: httpx2.Response, begin: int, end: int, size: int) -> Iterator[bytes]:

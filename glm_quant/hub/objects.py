@@ -1,12 +1,15 @@
 """The objects of one S3 bucket; botocore's errors told apart: passing, absent, taken, final."""
 
 import base64
+import hashlib
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
-from datetime import datetime
 from email.utils import parsedate_to_datetime
-from typing import Any, TypeVar
+from pathlib import Path
+from typing import Any, BinaryIO, TypeVar
 
+from boto3.exceptions import S3UploadFailedError
+from boto3.s3.transfer import TransferConfig
 from botocore.exceptions import (
     BotoCoreError,
     ClientError,
@@ -15,9 +18,15 @@ from botocore.exceptions import (
 )
 from pydantic import BaseModel, ValidationError
 
-from glm_quant.errors import PublishError, SourceError
-from glm_quant.hub.retry import TransientError
-from glm_quant.hub.s3 import promised_sha256, translate
+from glm_quant.artifact import FileDigest
+from glm_quant.errors import IntegrityError, PublishError, SourceError
+from glm_quant.hub.retry import TransientError, connection_failure
+from glm_quant.hub.s3 import host_of, promised_sha256, translate
+
+# S3 takes at most 10,000 parts of at least 5 MiB. Four requests, and ten parts in memory.
+PART_BYTES = 16 << 20
+_MOST_PARTS = 10_000
+_REQUESTS = 4
 
 
 class AbsentError(Exception):
@@ -34,10 +43,11 @@ Model = TypeVar("Model", bound=BaseModel)
 class Objects:
     """One bucket. Every method raises `TransientError` for what may pass, else `PublishError`."""
 
-    def __init__(self, client: Any, bucket: str) -> None:
-        """Attach a boto3 client to a bucket."""
+    def __init__(self, client: Any, bucket: str, sender: Any = None) -> None:
+        """Attach a boto3 client to a bucket; `sender` sends parts and tries each again itself."""
         self.client = client
         self.bucket = bucket
+        self._sender = sender or client
 
     def get(self, key: str) -> tuple[bytes, str]:
         """Return the content of a small object and its ETag.
@@ -88,6 +98,29 @@ class Objects:
             )
         return str(answer["ETag"])
 
+    def put_file(self, key: str, folder: Path, file: FileDigest, part_bytes: int) -> None:
+        """Put a large file in parts; each part's sha256 goes with it and the server refuses others.
+
+        An upload that was cut off begins anew; what it left is ended first, since its parts would
+        be paid for until somebody does.
+
+        Raises:
+            IntegrityError: the file is not what was recorded; no object is made of it.
+        """
+        self.abort(key)
+        config = TransferConfig(
+            multipart_threshold=part_bytes,
+            multipart_chunksize=max(part_bytes, -(-file.size_bytes // _MOST_PARTS)),
+            max_concurrency=_REQUESTS,
+        )
+        kind = {"Metadata": {"sha256": file.sha256}, "ChecksumAlgorithm": "SHA256"}
+        with (
+            self.translated(key),
+            (folder / file.path).open("rb") as opened,
+        ):
+            stream = _CheckedStream(opened, folder / file.path, file.sha256)
+            self._sender.upload_fileobj(stream, self.bucket, key, ExtraArgs=kind, Config=config)
+
     def keys(self, prefix: str, delimiter: str = "") -> list[str]:
         """Return the keys below a prefix; with a delimiter those directly below."""
         with self.translated(""):
@@ -95,22 +128,6 @@ class Objects:
                 Bucket=self.bucket, Prefix=prefix, Delimiter=delimiter
             )
             return [str(entry["Key"]) for page in pages for entry in page.get("Contents", ())]
-
-    def dated(self, prefix: str) -> list[tuple[str, datetime]]:
-        """Return the keys below a prefix, each with the time at which it was last written."""
-        with self.translated(""):
-            pages = self.client.get_paginator("list_objects_v2").paginate(
-                Bucket=self.bucket, Prefix=prefix
-            )
-            return [
-                (str(entry["Key"]), entry["LastModified"])
-                for page in pages
-                for entry in page.get("Contents", ())
-            ]
-
-    def begun(self, prefix: str) -> list[tuple[str, datetime]]:
-        """Return the keys of uploads in parts that are not ended, each with its beginning."""
-        return [(str(upload["Key"]), upload["Initiated"]) for upload in self._uploads(prefix)]
 
     def abort(self, prefix: str) -> None:
         """End the uploads in parts below a prefix, and so delete their parts."""
@@ -161,15 +178,52 @@ class Objects:
         where = f"s3://{self.bucket}/{name}"
         try:
             yield
+        except S3UploadFailedError as error:  # what boto3 makes of a ClientError of a transfer
+            cause = error.__context__
+            if not isinstance(cause, ClientError):
+                raise
+            raise _meaning(cause, where) from None
         except ClientError as error:
             raise _meaning(error, where) from None
         except (ConnectionError, HTTPClientError) as error:
-            raise TransientError(type(error).__name__) from None
+            raise connection_failure(host_of(self.client), error) from None
         except BotoCoreError as error:
             raise PublishError(
                 f"{where}: {error}. Set credentials, region and endpoint as for the AWS command "
                 "line (AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_ENDPOINT_URL or a profile)."
             ) from None
+
+
+class _CheckedStream:
+    """A file that boto3 reads once from its beginning, and that must end as was recorded."""
+
+    def __init__(self, opened: BinaryIO, path: Path, sha256: str) -> None:
+        self._opened, self._path, self._sha256 = opened, path, sha256
+        self._digest = hashlib.sha256()
+
+    def seekable(self) -> bool:
+        """Say no, so that each byte is read once, in order."""
+        return False
+
+    def readable(self) -> bool:
+        """Say yes: boto3 asks."""
+        return True
+
+    def read(self, size: int = -1) -> bytes:
+        """Return the next bytes; at the end, before the upload is completed, check their digest.
+
+        Raises:
+            IntegrityError: they are not what was recorded.
+        """
+        data = self._opened.read(size)
+        self._digest.update(data)
+        if not data and self._digest.hexdigest() != self._sha256:
+            raise IntegrityError(
+                f"{self._path}: the record says sha256 {self._sha256}, the file has "
+                f"{self._digest.hexdigest()}. The bytes changed after they were written; delete "
+                "the file and run again."
+            )
+        return data
 
 
 def base64_digest(digest: str) -> str:

@@ -70,7 +70,8 @@ class RemoteSource:
         """
         self._place = place
         self._on_use = on_use
-        self._patience = patience or Patience()
+        # The place has answered, so its name is right: a name that is not found now may pass.
+        self._patience = (patience or Patience()).enduring()
         self._window = (
             None if cache is None else Window(place.files, cache, window, self._make_download)
         )
@@ -187,24 +188,33 @@ class RemoteSource:
 
     def _read_range(self, file: SourceFile, begin: int, end: int) -> bytes:
         data = bytearray()
-        what = f"{file.name} of {self.uri}"
-        attempts = Attempts(self._patience, what)
-        while len(data) < end - begin:
-            before = len(data)
-            try:
-                with self._place.open_at(file.name, begin + before, end) as pieces:
-                    for piece in pieces:
-                        data += piece
-                        if len(data) > end - begin:
-                            del data[before:]
-                            raise TransientError(f"more than the {end - begin:,} bytes were sent")
-                if len(data) < end - begin:
-                    raise TransientError("the answer ended early")
-            except TransientError as error:
-                if len(data) > before:
-                    attempts.succeed()
-                attempts.fail(error, f" at byte {begin + len(data):,} of {end:,}")
+        attempts = Attempts(self._patience, f"{file.name} of {self.uri}")
+        with attempts.told():
+            while len(data) < end - begin:
+                before = len(data)
+                try:
+                    self._append_range(data, file.name, begin, end)
+                except TransientError as error:
+                    if len(data) > before:
+                        attempts.succeed()
+                    attempts.fail(error, f" at byte {begin + len(data):,} of {end:,}")
         return bytes(data)
+
+    def _append_range(self, data: bytearray, name: str, begin: int, end: int) -> None:
+        """Append what is missing of bytes `begin` to `end`.
+
+        Raises:
+            TransientError: less came, or more than was asked; of the latter nothing is kept.
+        """
+        before = len(data)
+        with self._place.open_at(name, begin + before, end) as pieces:
+            for piece in pieces:
+                data += piece
+                if len(data) > end - begin:
+                    del data[before:]
+                    raise TransientError(f"more than the {end - begin:,} bytes were sent")
+        if len(data) < end - begin:
+            raise TransientError("the answer ended early")
 
 
 def content_identity(like: str, data: bytes) -> str | None:

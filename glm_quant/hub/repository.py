@@ -8,15 +8,12 @@ build.
 What a reader would get wrong: `create_commit` is not retried by huggingface_hub, has no time limit,
 and a commit whose reply was lost did happen. So each try looks first at what is there.
 
-A build that was given up leaves its work branch. Publishing deletes it when its last shard came
-long ago: another machine may be filling a branch of this repository, and would do so daily.
+A build that is given up leaves its work branch; deployments/README.md has the command that deletes
+it.
 """
 
 import logging
-import re
 from collections.abc import Callable, Iterable, Sequence
-from datetime import UTC, datetime, timedelta
-from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -39,7 +36,7 @@ from glm_quant.artifact import FileDigest
 from glm_quant.checkpoint.source import Source, SourceFile
 from glm_quant.errors import IntegrityError, PublishError, SourceError
 from glm_quant.hub.huggingface import HubSource, hub_client, limit_time
-from glm_quant.hub.retry import Patience, TransientError, asked_wait, retry
+from glm_quant.hub.retry import Patience, TransientError, asked_wait, connection_failure, retry
 from glm_quant.hub.target import (
     SHARD_ENDING,
     Diff,
@@ -53,10 +50,6 @@ from glm_quant.hub.target import (
 _log = logging.getLogger(__name__)
 
 T = TypeVar("T")
-
-_OURS = re.compile(r"glm-quant-[0-9a-f]{12}")
-_SHARD_ADDED = re.compile(r"Add \S+\.safetensors")
-_GIVEN_UP_AFTER = timedelta(days=14)
 
 _PASSING = {408, 425, 429}
 # Somebody else committed in between; the next try reads again.
@@ -107,7 +100,7 @@ class HubTarget:
     def upload(self, folder: Path, file: FileDigest) -> None:
         """Commit one shard to the work branch and compare the Hub's sha256 with ours."""
         self._prepare()
-        self._ask(f"upload {file.path}", lambda: self._upload(folder, file))
+        self._send(f"upload {file.path}", lambda: self._upload(folder, file))
 
     def publish(self, folder: Path, files: Sequence[FileDigest]) -> Published:
         """Bring what is missing to the work branch, then everything to the branch in one commit."""
@@ -117,17 +110,12 @@ class HubTarget:
         if not first.is_empty:
             self._prepare()
             self._upload_missing(folder, [f for f in files if f.path.endswith(SHARD_ENDING)])
-            self._ask("commit the build", lambda: self._commit(folder, files))
+            self._send("commit the build", lambda: self._commit(folder, files))
         after = self.visible()
         self._require_whole(folder, files, after)
         self._ask("delete the work branch", lambda: self._delete_branch(self._work))
-        self._sweep()
         url = f"{self._api.endpoint}/{self._repo}/tree/{after.revision}"
         return Published(after.revision, url, first)
-
-    def leftovers(self) -> tuple[str, ...]:
-        """Return the work branches of builds that were given up."""
-        return self._ask("list the branches", self._find_leftovers)
 
     def staged(self, cache: Path) -> Source:
         """Return the work branch, or the published build where that branch is gone."""
@@ -223,29 +211,6 @@ class HubTarget:
                     "else may be writing there; run again when they have finished."
                 )
 
-    def _sweep(self) -> None:
-        """Delete what given-up builds left. The build is published: a failure is only told."""
-        try:
-            for branch in self.leftovers():
-                self._ask(f"delete branch {branch}", partial(self._delete_branch, branch))
-                _log.info("%s: deleted branch %s of a build that was given up", self.uri, branch)
-        except PublishError as error:
-            _log.warning("%s", error)
-
-    def _find_leftovers(self) -> tuple[str, ...]:
-        try:
-            branches = self._api.list_repo_refs(self._repo).branches
-        except RepositoryNotFoundError:
-            return ()
-        named = [b.name for b in branches if _OURS.fullmatch(b.name) and b.name != self._work]
-        return tuple(sorted(branch for branch in named if self._is_given_up(branch)))
-
-    def _is_given_up(self, branch: str) -> bool:
-        """Whether the last commit is a shard's, and old. Before the first one it is not ours."""
-        last = self._api.list_repo_commits(self._repo, revision=branch)[0]
-        age = datetime.now(UTC) - last.created_at
-        return bool(_SHARD_ADDED.fullmatch(last.title)) and age > _GIVEN_UP_AFTER
-
     def _delete_branch(self, branch: str) -> None:
         try:
             self._api.delete_branch(self._repo, branch=branch)
@@ -282,7 +247,18 @@ class HubTarget:
         }
 
     def _ask(self, what: str, action: Callable[[], T]) -> T:
-        """Do something at the Hub, again while it may pass."""
+        """Ask the Hub something, again while it may pass."""
+        where = f"{self.uri}: {what}"
+        return retry(self._translated(what, action), self._patience, where, PublishError)
+
+    def _send(self, what: str, action: Callable[[], T]) -> T:
+        """Send something to a Hub that has answered already, again while it may pass."""
+        where, patience = f"{self.uri}: {what}", self._patience.enduring()
+        attempt = self._translated(what, action)
+        return retry(attempt, patience, where, PublishError, is_transfer=True)
+
+    def _translated(self, what: str, action: Callable[[], T]) -> Callable[[], T]:
+        """Return the action, raising what the exceptions of the library mean."""
 
         def attempt() -> T:
             try:
@@ -292,7 +268,7 @@ class HubTarget:
             except Exception as error:
                 raise self._translate(what, error) from None
 
-        return retry(attempt, self._patience, f"{self.uri}: {what}", PublishError)
+        return attempt
 
     def _translate(self, what: str, error: Exception) -> Exception:
         """Return what an exception of huggingface_hub means. The token is never part of it."""
@@ -318,7 +294,7 @@ class HubTarget:
         if isinstance(cause, HFValidationError):
             return PublishError(f"{where}: this is no repository's name. Write hf://org/name.")
         if isinstance(cause, httpx2.TransportError | ConnectionError | TimeoutError):
-            return TransientError(f"the connection to the Hub: {type(cause).__name__}")
+            return connection_failure(f"{self._api.endpoint}", cause)
         if isinstance(cause, RuntimeError):  # hf_xet has no kinds of errors
             return TransientError(f"the upload: {type(cause).__name__}")
         if isinstance(cause, KeyError):

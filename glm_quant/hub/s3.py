@@ -14,6 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import boto3
 from botocore.config import Config
@@ -29,7 +30,7 @@ from botocore.exceptions import (
 from glm_quant.checkpoint.source import SourceFile
 from glm_quant.errors import SourceError
 from glm_quant.hub.remote import RemoteSource
-from glm_quant.hub.retry import Patience, TransientError, asked_wait, retry
+from glm_quant.hub.retry import Patience, TransientError, asked_wait, connection_failure, retry
 from glm_quant.hub.window import DEFAULT_WINDOW
 
 # What was received of a piece before a cut is lost.
@@ -184,7 +185,7 @@ class S3Place:
             IncompleteReadError,
             ResponseStreamingError,
         ) as error:
-            raise TransientError(type(error).__name__) from None
+            raise connection_failure(host_of(self._client), error) from None
         except BotoCoreError as error:
             raise SourceError(
                 f"{where}: {error}. Set credentials, region and endpoint as for the AWS command "
@@ -192,15 +193,25 @@ class S3Place:
             ) from None
 
 
-def s3_client() -> Any:
-    """Return a client with time limits. Trying again is ours: botocore's own would only add up."""
+def s3_client(attempts: int = 1) -> Any:
+    """Return a client with time limits.
+
+    Args:
+        attempts: how often botocore tries a request itself. Trying again is ours, so that it is
+            told; only parts of a large file, which boto3 sends on its own, are left to it.
+    """
     config = Config(
         connect_timeout=10,
         read_timeout=30,
-        retries={"total_max_attempts": 1, "mode": "standard"},
+        retries={"total_max_attempts": attempts, "mode": "standard"},
         max_pool_connections=16,
     )
     return boto3.session.Session().client("s3", config=config)
+
+
+def host_of(client: Any) -> str:
+    """Return the host that a client asks, for messages."""
+    return str(urlsplit(client.meta.endpoint_url).hostname)
 
 
 def parse_s3_uri(uri: str) -> tuple[str, str]:

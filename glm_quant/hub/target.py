@@ -116,14 +116,6 @@ class Target(Protocol):
         """
         ...
 
-    def leftovers(self) -> tuple[str, ...]:
-        """Return the names of what given-up builds left there; publishing deletes it.
-
-        Raises:
-            PublishError: it cannot be reached, or may not be read.
-        """
-        ...
-
     def staged(self, cache: Path) -> Source:
         """Return what was uploaded, or published, as a source.
 

@@ -26,7 +26,7 @@ from glm_quant.model.restructure import (
     check_shapes,
     output_weights,
 )
-from glm_quant.recipe import ComponentGroup, Defect, Recipe, Rule
+from glm_quant.recipe import ComponentGroup, Recipe, Rule
 
 _STORED_DTYPE = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
 
@@ -109,7 +109,6 @@ class Plan:
         imatrix: what the weights were calibrated with, if they were.
         uncalibrated: the recipe wants a calibration that is still to be made: everything has its
             place, but nothing can be encoded.
-        allow: what weights may be: all zero, or equal to each other.
     """
 
     geometry: Geometry
@@ -119,7 +118,6 @@ class Plan:
     warnings: tuple[str, ...] = ()
     imatrix: ImatrixRecord | None = None
     uncalibrated: bool = False
-    allow: tuple[Defect, ...] = ()
 
     @property
     def tensors(self) -> Iterator[PlannedTensor]:
@@ -201,7 +199,6 @@ def make_plan(checkpoint: Checkpoint, recipe: Recipe, imatrix: Path | None = Non
         warnings,
         opened and opened.record,
         uncalibrated=opened is None and recipe.own_calibration is not None,
-        allow=recipe.allow,
     )
 
 

@@ -118,14 +118,6 @@ class PublishStage(Stage[PublishRecord]):
         there = self.build.open_target(self.target, build_id(self.build)).visible().files
         return compare(self.build.workspace.checkpoint, files, there)
 
-    def leftovers(self) -> tuple[str, ...]:
-        """Return what builds that were given up left at the target; publishing deletes it.
-
-        Raises:
-            PublishError: the target cannot be reached.
-        """
-        return self.build.open_target(self.target, build_id(self.build)).leftovers()
-
     def summarize(self, record: PublishRecord) -> str:
         """Return where it is, and what changed there."""
         where = record.target if is_folder(record.target) else record.url

@@ -50,9 +50,6 @@ class HubServer(ThreadingHTTPServer):
         self.blobs: dict[str, Content] = {}
         self.names: dict[str, str] = {}
         self.faults = Faults()
-        # A Xet store (`local://FOLDER` works), and what each content is called there.
-        self.xet_store = ""
-        self.xet_hashes: dict[str, str] = {}
         # Larger uploads come in parts of this size.
         self.part_bytes = 300_000
         self.parts: dict[str, bytes] = {}
@@ -159,10 +156,7 @@ class _Handler(Uploads, BaseHTTPRequestHandler):
         self.server.log.append(self._asked)
         self._fault = self.server.faults.take(self._asked.path)
         if self._fault and self._fault.kind == "delay":
-            end = time.monotonic() + self._fault.seconds
-            while time.monotonic() < end and not self._fault.until.is_set():
-                if self.server.closing.wait(0.02):
-                    break
+            self.server.closing.wait(self._fault.seconds)
         if self._fault and self._fault.kind == "reset_before":
             return self._reset()
         if not self._receive():
@@ -175,7 +169,6 @@ class _Handler(Uploads, BaseHTTPRequestHandler):
             rf"/api/models/{_REPO}/refs": self._refs,
             rf"/api/models/{_REPO}/commits/(.+)": self._commits,
             rf"/api/(?:models|datasets)/{_REPO}/tree/([^/]+)(?:/(.+))?": self._tree,
-            rf"/api/models/{_REPO}/xet-read-token/(.+)": self._xet_token,
             rf"/(?:datasets/)?{_REPO}/resolve/([^/]+)/(.+)": self._resolve,
             r"/cdn/([0-9a-f]{64})": self._cdn,
         }
@@ -272,15 +265,7 @@ class _Handler(Uploads, BaseHTTPRequestHandler):
             "X-Linked-Size": str(content.size),
             "Location": f"{self.server.cdn_url}/cdn/{content.sha256}?{signed}",
         }
-        if content.sha256 in self.server.xet_hashes:
-            headers["X-Xet-Hash"] = self.server.xet_hashes[content.sha256]
         return self._json(302, {}, headers)
-
-    def _xet_token(self, name: str, revision: str) -> None:
-        if self._find(name, revision):
-            expires = int(time.time()) + _LINK_SECONDS
-            store = self.server.xet_store
-            self._json(200, {"accessToken": "store", "exp": expires, "casUrl": store})
 
     def _cdn(self, sha256: str) -> None:
         self._asked.file = self.server.names.get(sha256, "")

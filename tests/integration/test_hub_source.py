@@ -316,37 +316,6 @@ def test_a_bit_flipped_in_the_part_is_caught(hub: HubServer, tmp_path: Path, pla
     assert open_hub(hub, tmp_path).acquire(SHARD).read_bytes() == DATA
 
 
-def in_xet(hub: HubServer, folder: Path, data: bytes) -> str:
-    """Put some bytes into a Xet store on disk; returns what they are called there."""
-    hf_xet = pytest.importorskip("hf_xet")
-    hub.xet_store = f"local://{folder / 'store'}"
-    path = folder / "file"
-    path.write_bytes(data)
-    with hf_xet.XetSession().new_upload_commit(endpoint=hub.xet_store) as commit:
-        upload = commit.start_upload_file(str(path))
-    return upload.result().xet_info.hash
-
-
-def test_xet_by_switch(hub: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With GLM_QUANT_XET=1 shards come from the Xet store, from the byte on, and are proved."""
-    (tmp_path / "xet").mkdir()
-    hub.xet_hashes[hashlib.sha256(DATA).hexdigest()] = in_xet(hub, tmp_path / "xet", DATA)
-    cache = tmp_path / "cache"
-    hub.fault(Fault("drop", after=1_000_000))
-    with pytest.raises(SourceError, match="tries in a row"):
-        open_hub(hub, cache, patience=Patience(tries=1)).acquire(SHARD)
-    assert len(ranges(hub)) == 1, "without the switch it is HTTP"
-    monkeypatch.setenv("GLM_QUANT_XET", "1")
-    source = open_hub(hub, cache)
-    assert source.acquire(SHARD).read_bytes() == DATA
-    assert len(ranges(hub)) == 1
-    assert hub.requests("/xet-read-token/")
-    source.release(SHARD)
-    hub.xet_hashes[hashlib.sha256(DATA).hexdigest()] = in_xet(hub, tmp_path / "xet", DATA[::-1])
-    with pytest.raises(SourceError, match=hashlib.sha256(DATA[::-1]).hexdigest()):
-        source.acquire(SHARD)
-
-
 # Whole conversions
 
 
