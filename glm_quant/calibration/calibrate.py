@@ -28,10 +28,11 @@ from glm_quant.checkpoint.imatrix import (
 )
 from glm_quant.checkpoint.reader import Checkpoint
 from glm_quant.errors import OutputError
-from glm_quant.evaluation.divergence import half_of_memory, reference_key
+from glm_quant.evaluation.divergence import reference_key
 from glm_quant.evaluation.token_set import TokenSet
 from glm_quant.fingerprint import fingerprint
 from glm_quant.litter import entries
+from glm_quant.memory import half_of_memory
 from glm_quant.model.geometry import Geometry
 from glm_quant.streaming.activations import load_arrays, save_arrays
 from glm_quant.streaming.forward import Party, stream_together

@@ -18,10 +18,11 @@ from glm_quant.checkpoint.imatrix import RECORD_NAME
 from glm_quant.checkpoint.reader import Checkpoint
 from glm_quant.checkpoint.source import FolderSource
 from glm_quant.errors import RecipeError
-from glm_quant.evaluation.divergence import half_of_memory, reference_beside, reference_key
+from glm_quant.evaluation.divergence import reference_beside, reference_key
 from glm_quant.evaluation.perplexity import digest_text
 from glm_quant.evaluation.token_set import make_token_set
 from glm_quant.fingerprint import Canonical, fingerprint
+from glm_quant.memory import half_of_memory
 from glm_quant.quantize.convert import Conversion, Progress
 from glm_quant.recipe import Recipe
 from glm_quant.settings import CalibrationSettings

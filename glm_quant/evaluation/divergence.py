@@ -11,7 +11,6 @@ import time
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from importlib.metadata import version
-from os import sysconf
 from pathlib import Path
 
 import mlx.core as mx
@@ -32,6 +31,7 @@ from glm_quant.evaluation.divergence_record import (
 from glm_quant.evaluation.figures import hold
 from glm_quant.evaluation.token_set import TokenSet
 from glm_quant.fingerprint import Canonical, fingerprint
+from glm_quant.memory import half_of_memory
 from glm_quant.model.geometry import Geometry
 from glm_quant.recipe import DivergenceSettings
 from glm_quant.streaming.activations import load_arrays, save_arrays
@@ -135,11 +135,6 @@ def build_folder(folder: Path, record: DivergenceRecord) -> Path:
 
 def _folder_name(own: str) -> str:
     return f"build-{own[:16]}"
-
-
-def half_of_memory() -> int:
-    """Return half of the machine's physical memory in bytes."""
-    return sysconf("SC_PAGE_SIZE") * sysconf("SC_PHYS_PAGES") // 2
 
 
 def build_inputs(build: Path, reference: str) -> Canonical:

@@ -6,14 +6,14 @@ from pathlib import Path
 
 from glm_quant import __version__
 from glm_quant.artifact import Record, sha256_file
+from glm_quant.child_process import ChildJob, Progress, run_in_child
 from glm_quant.data import held_out_text
-from glm_quant.errors import RecipeError
+from glm_quant.errors import EvaluationError, RecipeError
 from glm_quant.evaluation.baselines import Baseline, build_identity, open_baseline
 from glm_quant.evaluation.data_files import data_file
 from glm_quant.evaluation.figures import compare, figures, hold
 from glm_quant.evaluation.harness import require_package
 from glm_quant.evaluation.perplexity import digest_text
-from glm_quant.evaluation.process import Progress, run_apart
 from glm_quant.evaluation.records import BaselineMeasurements, EvaluationRecord, Measurements
 from glm_quant.evaluation.request import Request
 from glm_quant.fingerprint import Canonical, fingerprint
@@ -23,6 +23,15 @@ from glm_quant.settings import EvaluationSettings
 VERSION = 2
 
 _BUILT_IN_TEXT = "held-out text of Python's standard library"
+# transformers, which mlx-lm takes its tokenizer from, imports torch wherever it is installed. No
+# measurement computes with it, and it would add seconds and 250 MB to what is measured.
+_JOB = ChildJob(
+    "glm_quant.evaluation.measure:measure",
+    Measurements,
+    "evaluates the build",
+    EvaluationError,
+    blocked_modules=("torch",),
+)
 # What may change without anything being measured again.
 _BOUNDS = {"bounds"}
 
@@ -158,9 +167,7 @@ def _measure(
     request = Request(
         checkpoint=checkpoint, settings=settings, text_name=name, text=text, texts=dict(others)
     )
-    what = f"{checkpoint}: the process that evaluates the build"
-    answer = run_apart("glm_quant.evaluation", request, what, progress)
-    measured = Measurements.model_validate_json(answer)
+    measured = run_in_child(_JOB, request, checkpoint, progress)
     if path is not None:
         MeasurementsRecord(fingerprint=own, measurements=measured).save(path)
     return measured

@@ -11,7 +11,7 @@ import sys
 import time
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
-from os import cpu_count, sysconf
+from os import cpu_count
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from mlx_lm import load
 from mlx_lm.generate import generate_step, wired_limit
 
 from glm_quant.evaluation.records import Load, Machine, Speed
+from glm_quant.memory import physical_bytes
 
 
 def load_build(checkpoint: Path) -> tuple[Any, Any, Load]:
@@ -101,7 +102,7 @@ def this_machine() -> Machine:
         system=f"{system} {architecture}",
         processor=_processor() or architecture,
         cores=cpu_count() or 1,
-        memory_bytes=sysconf("SC_PAGE_SIZE") * sysconf("SC_PHYS_PAGES"),
+        memory_bytes=physical_bytes(),
         device="gpu" if mx.default_device() == mx.gpu else "cpu",
         is_apple_silicon=(system, architecture) == ("Darwin", "arm64"),
     )

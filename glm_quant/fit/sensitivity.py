@@ -30,12 +30,13 @@ from glm_quant.codes import encode
 from glm_quant.codes.scheme import Quantized
 from glm_quant.errors import WeightError
 from glm_quant.evaluation.compare import compare_states, targets_of
-from glm_quant.evaluation.divergence import half_of_memory, reference_key
+from glm_quant.evaluation.divergence import reference_key
 from glm_quant.evaluation.token_set import TokenSet
 from glm_quant.fingerprint import Canonical, fingerprint
 from glm_quant.fit.parts import Part
 from glm_quant.fit.trial import TrialWeights, expanded
 from glm_quant.fit.trial_progress import TrialProgress
+from glm_quant.memory import half_of_memory
 from glm_quant.model.geometry import Geometry
 from glm_quant.model.restructure import transform_rows
 from glm_quant.quantize.plan import PlannedWeight

@@ -1,7 +1,9 @@
 """The parity stage: settings in, a record or an error out."""
 
 import logging
+from collections.abc import Callable
 from importlib.metadata import version
+from math import prod
 from pathlib import Path
 
 import numpy as np
@@ -11,18 +13,20 @@ from glm_quant.checkpoint.reader import Checkpoint
 from glm_quant.checkpoint.spool import local_folder, spooled
 from glm_quant.data import held_out_text
 from glm_quant.errors import ParityError
+from glm_quant.memory import available_bytes
 from glm_quant.model.precision import require_float32
 from glm_quant.parity.measures import Array, kl_divergence, top1_agreement
 from glm_quant.parity.reference import require_reference
-from glm_quant.parity.stream import LayerParity, stream
+from glm_quant.parity.stream import LayerParity, Streamed, stream
 from glm_quant.parity.whole import LogitParity, whole_logits
 from glm_quant.recipe import ParitySettings
 from glm_quant.settings import Bound
 
 log = logging.getLogger(__name__)
 
-# Whole-model logits are added up to this size of the source; float32 and two copies make it 4x.
-WHOLE_MODEL_BYTES = 2 << 30
+Progress = Callable[[int, int], None]
+
+_FLOAT = 4
 
 
 class ParityRecord(BaseModel):
@@ -61,16 +65,23 @@ class ParityRecord(BaseModel):
 
 
 def check_parity(
-    checkpoint: Checkpoint, output: Path, settings: ParitySettings, scratch: Path | None = None
+    checkpoint: Checkpoint,
+    output: Path,
+    settings: ParitySettings,
+    scratch: Path | None = None,
+    progress: Progress | None = None,
 ) -> ParityRecord:
     """Compare a build, and its runtime on the source's weights, with the reference.
 
+    The process keeps much of the memory that this takes: see `glm_quant.child_process`.
+
     Args:
         checkpoint: What the build was made from. From the Hub or S3 a layer at a time is fetched,
-            and the whole only of a small one.
+            and the whole only where the whole model is compared.
         output: Folder of the build.
         settings: Prompt, layers and bounds.
         scratch: Folder for what is fetched, ours alone; default: the system's for temporary files.
+        progress: Called with layers done and layers to do; the whole model counts as one more.
 
     Raises:
         ParityError: A bound is broken, the reference is absent or wrong, or the prompt is too
@@ -78,52 +89,122 @@ def check_parity(
     """
     require_float32()
     versions = require_reference() | {name: version(name) for name in ("mlx", "mlx-lm")}
-    topk = int(checkpoint.config["index_topk"])
     tokens = prompt_tokens(checkpoint, output, settings)
-    if len(tokens) <= topk:
+    layers = _compared_layers(checkpoint, settings, len(tokens))
+    whole = len(layers) == checkpoint.config["num_hidden_layers"] and fits_memory(
+        checkpoint, len(tokens)
+    )
+    tick = _Ticker(progress, max(layers) + 1 + whole)
+    with spooled(checkpoint, scratch) as (near, kept):
+
+        def after_layer() -> None:
+            if kept:
+                kept.forget()
+            tick()
+
+        streamed = stream(
+            near,
+            output,
+            tokens,
+            layers,
+            keep=whole,
+            judge=lambda row: enforce_layer(row, len(tokens), settings, output),
+            after_layer=after_layer,
+        )
+    logits = None
+    if whole:
+        with local_folder(checkpoint, scratch) as folder:
+            logits = whole_logits(folder, output, tokens, streamed.outcomes)
+        tick()
+    record = ParityRecord(
+        versions=versions,
+        tokens=len(tokens),
+        prompt=prompt_kind(checkpoint, settings),
+        index_topk=int(checkpoint.config["index_topk"]),
+        layers=streamed.rows,
+        max_layer_error=max(max(r.attention_error, r.mlp_error) for r in streamed.rows),
+        ties=sum(r.tied_keys + r.tied_experts for r in streamed.rows),
+        logits=logits,
+        settings=settings,
+        **_build_figures(streamed),
+    )
+    enforce(record, output)
+    return record
+
+
+def _build_figures(streamed: Streamed) -> dict[str, float | None]:
+    """Return the build's distance from the reference, None where the pass ended early."""
+    reference, build = streamed.reference_logits, streamed.build_logits
+    if reference is None or build is None:
+        return {"mean_kl": None, "max_kl": None, "top1_agreement": None}
+    kl = kl_divergence(reference, build)
+    return {
+        "mean_kl": float(kl.mean()),
+        "max_kl": float(kl.max()),
+        "top1_agreement": top1_agreement(reference, build),
+    }
+
+
+def _compared_layers(checkpoint: Checkpoint, settings: ParitySettings, tokens: int) -> list[int]:
+    """Return the numbers of the layers to compare.
+
+    Raises:
+        ParityError: There are no such layers, or the prompt is too short for them.
+    """
+    topk = int(checkpoint.config["index_topk"])
+    if tokens <= topk:
         raise ParityError(
-            f"parity.tokens is {len(tokens):,} and index_topk is {topk:,}: every key would be "
+            f"parity.tokens is {tokens:,} and index_topk is {topk:,}: every key would be "
             f"selected and the indexer never put to the test. Use at least {topk + topk // 8:,}."
         )
     depth = int(checkpoint.config["num_hidden_layers"])
     layers = list(range(depth)) if settings.layers == "all" else sorted(set(settings.layers))
     if not layers or layers[0] < 0 or layers[-1] >= depth:
         raise ParityError(f"parity.layers names layers outside 0 to {depth - 1}: {layers}.")
-    small = checkpoint_bytes(checkpoint) <= WHOLE_MODEL_BYTES and len(layers) == depth
-    with spooled(checkpoint, scratch) as (near, kept):
-        streamed = stream(
-            near,
-            output,
-            tokens,
-            layers,
-            keep=small,
-            judge=lambda row: enforce_layer(row, len(tokens), settings, output),
-            after_layer=kept.forget if kept else lambda: None,
+    return layers
+
+
+class _Ticker:
+    """Counts steps and reports them."""
+
+    def __init__(self, progress: Progress | None, total: int) -> None:
+        self._progress, self._total, self._done = progress, total, 0
+
+    def __call__(self) -> None:
+        self._done += 1
+        if self._progress:
+            self._progress(self._done, self._total)
+
+
+def fits_memory(checkpoint: Checkpoint, tokens: int) -> bool:
+    """Whether the whole model can be compared in the memory that is available now."""
+    needed, available = whole_model_bytes(checkpoint, tokens), available_bytes()
+    if needed > available:
+        log.warning(
+            "parity: logits of the whole model are not compared: that takes about %.1f GB, %.1f GB "
+            "are available. Each layer is compared by itself.",
+            needed / 1e9,
+            available / 1e9,
         )
-    logits = None
-    if small:
-        with local_folder(checkpoint, scratch) as folder:
-            logits = whole_logits(folder, output, tokens, streamed.outcomes)
-    reference, build = streamed.reference_logits, streamed.build_logits
-    kl = kl_divergence(reference, build) if reference is not None and build is not None else None
-    record = ParityRecord(
-        versions=versions,
-        tokens=len(tokens),
-        prompt=prompt_kind(checkpoint, settings),
-        index_topk=topk,
-        layers=streamed.rows,
-        max_layer_error=max(max(r.attention_error, r.mlp_error) for r in streamed.rows),
-        ties=sum(r.tied_keys + r.tied_experts for r in streamed.rows),
-        logits=logits,
-        mean_kl=None if kl is None else float(kl.mean()),
-        max_kl=None if kl is None else float(kl.max()),
-        top1_agreement=(
-            None if reference is None or build is None else top1_agreement(reference, build)
-        ),
-        settings=settings,
+    return needed <= available
+
+
+def whole_model_bytes(checkpoint: Checkpoint, tokens: int) -> int:
+    """Return about what the comparison of the whole model takes, in bytes.
+
+    The reference and the candidate, which hold each parameter in float32; once more what is not a
+    routed expert, since the layers that were compared one by one are kept to settle ties; for each
+    token six states of a layer and its selection, and four rows of logits, twice as wide in
+    float64.
+    """
+    config = checkpoint.config
+    sizes = {name: prod(info.shape) for name, info in checkpoint.tensors.items()}
+    kept = sum(size for name, size in sizes.items() if ".mlp.experts." not in name)
+    states = int(config["num_hidden_layers"]) * (
+        6 * int(config["hidden_size"]) + 2 * int(config["index_topk"])
     )
-    enforce(record, output)
-    return record
+    rows = tokens * (states + 8 * int(config["vocab_size"]))
+    return _FLOAT * (2 * sum(sizes.values()) + kept + rows)
 
 
 _RUNTIME = (
@@ -233,8 +314,3 @@ def prompt_kind(checkpoint: Checkpoint, settings: ParitySettings) -> str:
     if settings.prompt:
         return "text"
     return "built-in text" if "tokenizer.json" in checkpoint.files else "seeded"
-
-
-def checkpoint_bytes(checkpoint: Checkpoint) -> int:
-    """Return the bytes of all tensors."""
-    return sum(info.size_bytes for info in checkpoint.tensors.values())

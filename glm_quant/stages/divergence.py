@@ -3,18 +3,18 @@
 from importlib.metadata import version
 from pathlib import Path
 
+from glm_quant.child_process import run_in_child
 from glm_quant.evaluation.baselines import Baseline, open_baseline
 from glm_quant.evaluation.divergence import VERSION, build_folder, check_bounds
 from glm_quant.evaluation.divergence_beside import compare_divergence
 from glm_quant.evaluation.divergence_record import DivergenceRecord
 from glm_quant.evaluation.perplexity import digest_text
-from glm_quant.evaluation.process import run_apart
 from glm_quant.evaluation.token_set import read_texts
 from glm_quant.fingerprint import Canonical
 from glm_quant.quantize.convert import Progress
 from glm_quant.stages.assemble import AssembleStage
 from glm_quant.stages.base import Stage
-from glm_quant.stages.divergence_worker import DivergenceRequest
+from glm_quant.stages.child_jobs import DIVERGENCE_JOB, DivergenceRequest
 from glm_quant.stages.verify import VerifyStage
 
 
@@ -73,9 +73,7 @@ class DivergenceStage(Stage[DivergenceRecord]):
             checkpoint=checkpoint,
             settings=build.recipe.divergence,
         )
-        what = f"{checkpoint}: the process that compares the build with its source"
-        answer = run_apart("glm_quant.stages.divergence_worker", request, what, progress)
-        return DivergenceRecord.model_validate_json(answer)
+        return run_in_child(DIVERGENCE_JOB, request, checkpoint, progress)
 
     def _baselines(self) -> list[Baseline]:
         return [open_baseline(name, at) for name, at in self.build.baselines.items()]

@@ -3,11 +3,13 @@
 from importlib.metadata import version
 
 from glm_quant.artifact import Record
+from glm_quant.child_process import run_in_child
 from glm_quant.fingerprint import Canonical
-from glm_quant.parity import ParityRecord, check_parity
+from glm_quant.parity import ParityRecord
 from glm_quant.quantize.convert import Progress
 from glm_quant.stages.assemble import AssembleStage
 from glm_quant.stages.base import Stage
+from glm_quant.stages.child_jobs import PARITY_JOB, ParityRequest
 from glm_quant.stages.verify import VerifyStage
 
 
@@ -38,20 +40,21 @@ class ParityStage(Stage[ParityStageRecord]):
         }
 
     def make(self, progress: Progress) -> ParityStageRecord:
-        """Compare.
+        """Compare, in a process of its own.
 
         Raises:
-            ParityError: a bound is broken, or the reference is not installed.
+            ParityError: a bound is broken, the reference is not installed, or the process crashed.
         """
         workspace = self.build.workspace
-        found = check_parity(
-            self.build.checkpoint,
-            workspace.checkpoint,
-            self.build.recipe.parity,
-            scratch=workspace.scratch,
+        request = ParityRequest(
+            source=self.build.checkpoint.source.uri,
+            workspace=workspace.root,
+            checkpoint=workspace.checkpoint,
+            window=self.build.spec.window,
+            settings=self.build.recipe.parity,
         )
-        progress(1, 1)
-        return ParityStageRecord(fingerprint=self.fingerprint(), found=found)
+        record = run_in_child(PARITY_JOB, request, workspace.checkpoint, progress)
+        return ParityStageRecord(fingerprint=self.fingerprint(), found=record)
 
     def summarize(self, record: ParityStageRecord) -> str:
         """Return what matters most: the runtime's error and the build's divergence."""

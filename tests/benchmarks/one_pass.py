@@ -21,8 +21,9 @@ from typing import Any
 from glm_quant.build import Build, BuildSpec
 from glm_quant.calibration.own import calibrate_build, imatrix_folder
 from glm_quant.data import tiny_glm_path
-from glm_quant.evaluation.divergence import half_of_memory, reference_beside
+from glm_quant.evaluation.divergence import reference_beside
 from glm_quant.evaluation.token_set import make_token_set
+from glm_quant.memory import half_of_memory
 from glm_quant.quantize.convert import Conversion
 from glm_quant.quantize.plan import make_plan
 from glm_quant.streaming.forward import stream_together

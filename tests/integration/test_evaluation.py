@@ -4,8 +4,6 @@ import json
 import math
 import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -20,7 +18,6 @@ from glm_quant.evaluation.baselines import open_baseline
 from glm_quant.evaluation.evaluate import evaluate, evaluation_inputs
 from glm_quant.evaluation.perplexity import windows
 from glm_quant.evaluation.records import EvaluationRecord
-from glm_quant.evaluation.request import Request
 from glm_quant.fingerprint import fingerprint
 from glm_quant.recipe import load_recipe
 from glm_quant.settings import Bound, CoherenceSettings, EvaluationSettings
@@ -216,7 +213,7 @@ def test_a_baseline_is_measured_alike_and_compared_in_pairs(
     assert 0 < coherence.outputs[0].tokens <= 16
     assert other.coherence is not None
 
-    monkeypatch.setattr(module, "run_apart", None)  # whoever calls it fails
+    monkeypatch.setattr(module, "run_in_child", None)  # whoever calls it fails
     tight = Bound(measure="perplexity", max=0.5, baseline="half-split", ratio=True)
     with pytest.raises(
         EvaluationError, match=r"perplexity is .*'half-split' .* of it; the recipe's max is 0\.5"
@@ -259,32 +256,6 @@ def test_missing_text_is_a_recipe_error(build: Path, tmp_path: Path) -> None:
         RecipeError, match=r"none\.txt: the recipe's perplexity_text cannot be read"
     ):
         evaluate(build, settings)
-
-
-def test_worker_ends_when_its_parent_is_gone(build: Path, tmp_path: Path) -> None:
-    """A flow that is killed leaves no process behind that holds the weights."""
-    request = Request(
-        checkpoint=build,
-        settings=EvaluationSettings(perplexity_tokens=20_000, context=512, stride=1),
-        text_name="t",
-        text=held_out_text(),
-    )
-    asked, output = tmp_path / "request.json", tmp_path / "result.json"
-    asked.write_text(request.model_dump_json())
-    worker = subprocess.Popen(
-        [sys.executable, "-m", "glm_quant.evaluation", str(asked), str(output)],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    assert worker.stdin is not None
-    assert worker.stdout is not None
-    first = json.loads(worker.stdout.readline())
-    assert 0 < first["done"] < first["total"]
-    worker.stdin.close()  # what the system does for a killed parent
-    assert worker.wait(timeout=60) == 1
-    assert not output.exists()
-    worker.stdout.close()
 
 
 def test_fingerprint_follows_build_settings_and_text(build: Path, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""The process that loads a build and measures it: a request in, measurements out."""
+"""The job of the process that loads a build and measures it: a request in, measurements out."""
 
 import sys
 import time
@@ -14,7 +14,6 @@ from glm_quant.evaluation.coherence import measure_coherence
 from glm_quant.evaluation.needle import measure_needle
 from glm_quant.evaluation.peer_records import Harness, PeerPerplexity
 from glm_quant.evaluation.perplexity import digest_text, measure_perplexity
-from glm_quant.evaluation.process import serve
 from glm_quant.evaluation.records import (
     Coherence,
     Measurements,
@@ -39,11 +38,6 @@ Tick = Callable[[int], None]
 
 # About what an item of a task takes, with its choices.
 _ITEM_TOKENS = 128
-
-
-def main(arguments: list[str]) -> None:
-    """Do the request in the file `arguments[0]`, write the measurements to `arguments[1]`."""
-    serve(arguments, lambda data, told: measure(Request.model_validate_json(data), told))
 
 
 def measure(request: Request, progress: Callable[[int, int], None]) -> Measurements:
@@ -148,7 +142,7 @@ def _texts_of_the_hub(settings: EvaluationSettings) -> dict[str, str]:
 
 
 def _forget_torch() -> None:
-    # `__main__` shut torch out; datasets imports torch where it finds its name in sys.modules.
+    # The process blocks torch; datasets imports torch where it finds its name in sys.modules.
     if "torch" in sys.modules and cast("Any", sys.modules["torch"]) is None:
         del sys.modules["torch"]
 
