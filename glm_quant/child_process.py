@@ -2,17 +2,15 @@
 
 Parity, divergence and evaluation load models of many gigabytes, and a process does not give all of
 that back. The child reads its request from a file and leaves its result in another; progress and
-log records come as JSON lines on its stdout. It ends itself when its stdin closes, so a killed
-parent leaves no process behind.
+log records come as JSON lines on its stdout. It ends with this process (`glm_quant.children`), so a
+killed parent leaves no process behind.
 """
 
 import json
 import logging
-import os
 import subprocess
 import sys
 import tempfile
-import threading
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -24,6 +22,7 @@ from pydantic import BaseModel, ConfigDict
 
 from glm_quant import errors
 from glm_quant.artifact import write_atomic
+from glm_quant.children import end_child, end_with_parent, note_child
 from glm_quant.errors import GlmQuantError
 from glm_quant.model.precision import users_environment
 
@@ -99,7 +98,6 @@ def run_in_child(
 def _run(command: Sequence[str], stderr_path: Path, progress: Progress | None) -> int:
     """Run the child to its end; returns its exit status."""
     with stderr_path.open("wb") as stderr:
-        # stdin stays open as long as this process lives: the child ends when it closes.
         child = subprocess.Popen(
             command,
             stdin=subprocess.PIPE,
@@ -107,17 +105,15 @@ def _run(command: Sequence[str], stderr_path: Path, progress: Progress | None) -
             stderr=stderr,
             text=True,
             env=users_environment(),
+            start_new_session=True,
         )
+        note_child(child)
         try:
             for line in child.stdout or ():
                 _pass_on(line, progress)
             return child.wait()
         finally:
-            child.kill()
-            child.wait()
-            for pipe in (child.stdin, child.stdout):
-                if pipe:
-                    pipe.close()
+            end_child(child)
 
 
 def _pass_on(line: str, progress: Progress | None) -> None:
@@ -162,7 +158,7 @@ def _failure_path(output_path: Path) -> Path:
 
 def _child(function: str, input_path: Path, output_path: Path) -> None:
     """Be the child: apply the function to the request in one file, write its result to another."""
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    end_with_parent()
     _send_log_records()
     module, _, name = function.partition(":")
     answer = cast("Callable[[Any, Progress], BaseModel]", getattr(import_module(module), name))
@@ -196,13 +192,6 @@ def _send_log_records() -> None:
     logger.addHandler(_ParentHandler())
     logger.setLevel(logging.INFO)
     logger.propagate = False
-
-
-def _end_with_parent() -> None:
-    # A raw read: a buffered one would hold a lock that the interpreter needs to end.
-    while os.read(0, 4096):
-        pass
-    os._exit(1)
 
 
 if __name__ == "__main__":

@@ -97,7 +97,7 @@ class Board:
         seconds, gained = now - self._begun[0], done - self._begun[1]
         if seconds > _SECONDS_BETWEEN_UPDATES and gained > 0:
             rate = gained / seconds
-            text += f", {say.size(rate)}/s, {duration((total - done) / rate)} left"
+            text += f", {say.size(rate)}/s, {say.duration((total - done) / rate)} left"
         return done / total, text
 
     def _send(self) -> None:
@@ -150,10 +150,3 @@ def progress_of(stage: Stage[Any]) -> Progress:
             _board.move(stage, done / total if total else 1.0)
 
     return report
-
-
-def duration(seconds: float) -> str:
-    """Return a time span with one unit, as a person would say it."""
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

@@ -1,6 +1,7 @@
 """The command line: `glm-quant demo | run | publish | convert | plan | verify | status | worker …`.
 
-Exit codes: 0 done, 1 the run failed, 2 bad input. With `--json` standard output is one JSON value.
+Exit codes: 0 done, 1 the run failed, 2 bad input, 129, 130 or 143 stopped. With `--json` standard
+output is one JSON value.
 """
 
 import typer

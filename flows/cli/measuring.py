@@ -5,9 +5,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from flows.cli.display import StageDisplay
 from flows.cli.options import Json, RecipeOption, Verbose
 from flows.cli.stopping import stopping_in_order
-from flows.cli.terminal import ERRORS, OUT, Terminal, errors_in_one_screen, fit_table, print_json
+from flows.cli.terminal import ERRORS, OUT, errors_in_one_screen, fit_table, print_json
 from glm_quant.settings import CalibrationSettings
 
 if TYPE_CHECKING:
@@ -44,7 +45,7 @@ def calibrate(
             texts=named_texts(text), tokens=max(tokens, context), context=context
         )
         batch = calibration_set(checkpoint, settings)
-        with Terminal(ERRORS, 1) as terminal:
+        with StageDisplay(ERRORS) as terminal:
             terminal.begin("calibrate")
             record = stream(
                 checkpoint,
@@ -116,7 +117,7 @@ def fit(
         settings = FitSettings(
             recipe, parse_floors(floor), bands, parse_measure(measure), imatrix, workspace
         )
-        with Terminal(ERRORS, 1) as terminal:
+        with StageDisplay(ERRORS) as terminal:
             result = choose(
                 checkpoint,
                 target,

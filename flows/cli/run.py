@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from flows.cli.display import StageDisplay
 from flows.cli.options import Json, RecipeOption, Reuse, Source, Verbose, Window
 from flows.cli.stopping import stopping_in_order
-from flows.cli.terminal import ERRORS, OUT, Terminal, errors_in_one_screen, print_json
+from flows.cli.terminal import ERRORS, OUT, errors_in_one_screen, print_json
 from flows.environment import prepare
-from glm_quant.build import BuildSpec, open_build, require_free
+from glm_quant.build import Build, BuildSpec, open_build, require_free
 from glm_quant.evaluation.baselines import parse_baselines
 from glm_quant.hub import DEFAULT_WINDOW
 from glm_quant.recipe import S3_PLACE
@@ -20,6 +21,7 @@ from glm_quant.workspace import Workspace
 
 if TYPE_CHECKING:
     from glm_quant.quantize.command import ConvertSummary
+    from glm_quant.stages.base import StageResult
 
 
 def demo(
@@ -114,18 +116,13 @@ def convert(
 def release_build(spec: BuildSpec, verbose: bool, as_json: bool) -> None:
     """Run the flow in this process and show its result."""
     prepare(verbose)
-    with errors_in_one_screen(verbose):
+    with errors_in_one_screen(verbose), stopping_in_order(ERRORS):
         begin = time.monotonic()
         # A taken workspace fails here, before Prefect is started, and so does bad input. The commit
         # that another machine began with is known before the source is opened.
         require_free(spec)
         build = open_build(spec)
-        from flows.release import release
-        from tasks.progress import watch
-
-        with Terminal(ERRORS, len(build.plan.shards)) as terminal:
-            watch(terminal)
-            done = release(spec)
+        done = _run_flow(build)
         seconds = round(time.monotonic() - begin, 1)
         checkpoint = build.workspace.checkpoint
         if as_json:
@@ -145,6 +142,22 @@ def release_build(spec: BuildSpec, verbose: bool, as_json: bool) -> None:
         OUT.print(f"[dim]{seconds:,.0f} seconds[/]")
 
 
+def _run_flow(build: Build) -> "list[StageResult]":
+    """Run the flow of a build; returns what its stages came to."""
+    shards = range(len(build.plan.shards))
+    unfinished = [i for i in shards if build.conversion.finished(i) is None]
+    with StageDisplay(ERRORS, [build.plan.shards[i].size_bytes for i in unfinished]) as display:
+        from flows.temporary_server import start_server
+
+        wait_for_server = start_server()
+        from flows.release import release  # meanwhile
+        from tasks.progress import watch
+
+        wait_for_server()
+        watch(display)
+        return release(build.spec)
+
+
 def _convert(
     source: str,
     recipe: str,
@@ -160,7 +173,7 @@ def _convert(
 
     opened = open_source(source, workspace_beside(output), window)
     conversion = open_calibrated(
-        opened, recipe, output, lambda: Terminal(ERRORS, 1), workers, reuse
+        opened, recipe, output, lambda: StageDisplay(ERRORS), workers, reuse
     )
-    with Terminal(ERRORS, len(conversion.shards)) as terminal:
+    with StageDisplay(ERRORS, [shard.size_bytes for shard in conversion.shards]) as terminal:
         return convert_to_folder(conversion, terminal)

@@ -1,16 +1,13 @@
-"""What a person sees in the terminal: a line a stage, the current one moving; errors in short."""
+"""What a person sees in the terminal: results as tables, errors in short."""
 
 import json
 import sys
-from collections.abc import Callable, Generator
+from collections.abc import Generator
 from contextlib import contextmanager, nullcontext
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import typer
 from rich.console import Console, Group, RenderableType
-from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
-from rich.progress import TimeRemainingColumn as Remaining
 from rich.table import Table
 from rich.text import Text
 
@@ -19,8 +16,6 @@ from glm_quant.errors import GlmQuantError
 from glm_quant.fit.record import FitResult
 from glm_quant.status import WorkspaceStatus
 
-# Seconds over which a stage's speed is estimated.
-_SPEED_PERIOD = 24 * 3600.0
 OUT = Console(soft_wrap=True)
 ERRORS = Console(stderr=True, soft_wrap=True)
 
@@ -45,66 +40,6 @@ def errors_in_one_screen(verbose: bool = False) -> Generator[None]:
         ERRORS.print(f"[bold red]{type(error).__name__}[/] ", end="")
         ERRORS.print(str(error), markup=False, highlight=False)
         raise typer.Exit(error.exit_code) from None
-
-
-class Terminal:
-    """Shows stages as they run; a context manager. Implements `tasks.progress.Watcher`."""
-
-    def __init__(
-        self, console: Console, shards: int, clock: Callable[[], float] | None = None
-    ) -> None:
-        """Prepare for a build with so many output shards; default clock: the system's."""
-        self._shards = shards
-        self._bars: dict[str, TaskID] = {}
-        self._parts: dict[str, int] = {}
-        self._progress = Progress(
-            TextColumn("{task.description:<10}"),
-            BarColumn(bar_width=32),
-            TextColumn("{task.percentage:>3.0f} %"),
-            TimeElapsedColumn(),
-            TextColumn("left"),
-            Remaining(),
-            console=console,
-            # A layer of a large model takes minutes: the speed is that of all moves, not of the
-            # last half minute, in which there may be none and so no time left to show.
-            speed_estimate_period=_SPEED_PERIOD,
-            get_time=clock,
-        )
-
-    def begin(self, stage: str) -> None:
-        """Show a stage, or count one more part of it."""
-        total = self._shards if stage == "quantize" else 1
-        self._parts[stage] = self._parts.get(stage, 0) + 1
-        if stage not in self._bars:
-            self._bars[stage] = self._progress.add_task(stage, total=max(total, 1))
-        self._finish_others(stage)
-
-    def move(self, stage: str, done: int, total: int) -> None:
-        """Move a stage's bar."""
-        share = done / total if total else 1.0
-        self._progress.update(self._bars[stage], completed=self._parts[stage] - 1 + share)
-
-    def __enter__(self) -> Self:
-        """Start drawing."""
-        self._progress.start()
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        """Stop drawing; a run that ended well has full bars."""
-        if error is None:
-            self._finish_others("")
-        self._progress.stop()
-
-    def _finish_others(self, current: str) -> None:
-        """Fill the bars of stages that came before."""
-        for stage, bar in self._bars.items():
-            if stage != current:
-                self._progress.update(bar, total=1, completed=1)
 
 
 def fit_table(result: FitResult) -> RenderableType:

@@ -41,6 +41,13 @@ def percent(share: float) -> str:
     return f"{value:.{digits}f} %"
 
 
+def duration(seconds: float) -> str:
+    """Return a time span with one unit: 34 s, 41 min, 5.2 h."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
 def tokens(number: int) -> str:
     """Return a number of tokens: 8K, 1M, 512, 7,586."""
     if number and number % (1 << 20) == 0:
