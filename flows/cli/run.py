@@ -122,31 +122,53 @@ def release_build(spec: BuildSpec, verbose: bool, as_json: bool) -> None:
         # that another machine began with is known before the source is opened.
         require_free(spec)
         build = open_build(spec)
-        done = _run_flow(build)
-        seconds = round(time.monotonic() - begin, 1)
-        checkpoint = build.workspace.checkpoint
-        if as_json:
-            result = {
-                "checkpoint": str(checkpoint),
-                "card": str(checkpoint / "README.md"),
-                "published": list(build.targets),
-                "seconds": seconds,
-                "stages": [stage.model_dump() for stage in done],
-            }
-            print_json(result)
-            return
-        from glm_quant.report.summary import result_summary
-        from glm_quant.stages.card import card_inputs
+        from glm_quant.stages.download import check_targets
+        from glm_quant.stages.finished import finished_results
 
-        OUT.print(result_summary(card_inputs(build.workspace), checkpoint, build.targets))
-        OUT.print(f"[dim]{seconds:,.0f} seconds[/]")
+        check_targets(build)
+        results = finished_results(build)
+        if results is None:
+            results = _run_flow(build)
+        else:
+            ERRORS.print(
+                f"nothing to do: every stage of {build.recipe.name} in {build.workspace.root} is "
+                "done.",
+                markup=False,
+                highlight=False,
+            )
+        _print_result(build, results, round(time.monotonic() - begin, 1), as_json)
+
+
+def _print_result(build: Build, stages: "list[StageResult]", seconds: float, as_json: bool) -> None:
+    """Print what a run came to."""
+    checkpoint = build.workspace.checkpoint
+    if as_json:
+        result = {
+            "checkpoint": str(checkpoint),
+            "card": str(checkpoint / "README.md"),
+            "published": list(build.targets),
+            "seconds": seconds,
+            "stages": [stage.model_dump() for stage in stages],
+        }
+        print_json(result)
+        return
+    from glm_quant.report.summary import result_summary
+    from glm_quant.stages.card import card_inputs
+
+    OUT.print(result_summary(card_inputs(build.workspace), checkpoint, build.targets))
+    OUT.print(f"[dim]{seconds:,.0f} seconds[/]")
 
 
 def _run_flow(build: Build) -> "list[StageResult]":
     """Run the flow of a build; returns what its stages came to."""
-    shards = range(len(build.plan.shards))
-    unfinished = [i for i in shards if build.conversion.finished(i) is None]
-    with StageDisplay(ERRORS, [build.plan.shards[i].size_bytes for i in unfinished]) as display:
+    from glm_quant.stages.quantize import QuantizeStage
+
+    unfinished = [
+        shard.size_bytes
+        for number, shard in enumerate(build.plan.shards)
+        if QuantizeStage(build, number).current() is None
+    ]
+    with StageDisplay(ERRORS, unfinished) as display:
         from flows.temporary_server import start_server
 
         wait_for_server = start_server()
