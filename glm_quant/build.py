@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from glm_quant.calibration.build_calibration import converts_too, standing_imatrix
 from glm_quant.calibration.one_pass import source_bytes
-from glm_quant.calibration.own import converts_too, standing_imatrix
 from glm_quant.checkpoint.reader import Checkpoint
 from glm_quant.errors import RecipeError
 from glm_quant.hub import DEFAULT_WINDOW, open_source, open_target

@@ -7,7 +7,7 @@ WORKSPACE/
 ├── partial/      output shards being filled, with their journals
 ├── previous/     finished shards of an earlier plan, while tensors are copied from them
 ├── records/      what each stage saw, made and measured
-├── calibration/  how loud each weight's inputs are, if the recipe wants it
+├── calibration/  importance of each weight's inputs (imatrix), if the recipe wants it
 ├── divergence/   final hidden states of the source, and each position's numbers
 ├── baselines/    the build that `demo` compares with
 ├── results/      Prefect's cached task results

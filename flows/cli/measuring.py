@@ -35,7 +35,7 @@ def calibrate(
     verbose: Verbose = False,
     as_json: Json = False,
 ) -> None:
-    """Stream texts through the source and note how loud each weight's inputs are."""
+    """Stream texts through the source and record the importance of each weight's inputs."""
     with errors_in_one_screen(verbose), stopping_in_order(ERRORS):
         from glm_quant.calibration.calibrate import calibrate as stream
         from glm_quant.calibration.texts import calibration_set, named_texts
@@ -70,7 +70,7 @@ def imatrix(
         from glm_quant.calibration.llama_cpp import read_llama_cpp, write_llama_cpp
 
         if origin.is_dir():
-            OUT.print(f"{target}: energies of {write_llama_cpp(origin, target)} weights")
+            OUT.print(f"{target}: importance of {write_llama_cpp(origin, target)} weights")
         else:
             OUT.print(f"{target}: {read_llama_cpp(origin, target).describe()}")
 

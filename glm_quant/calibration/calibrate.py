@@ -1,8 +1,8 @@
 """`glm-quant calibrate`: one streamed pass of the source, and an imatrix folder from it.
 
 Every weight is read once, in the order of the layers, however many tokens there are; memory is that
-of the streamed comparison (`evaluation.memory_plan`). What is made of a layer is kept beside its
-states, so an interrupted pass goes on at its layer and what stands is the same.
+of any streamed pass (`streaming.memory_plan`). What is made of a layer is kept beside its states,
+so an interrupted pass continues at its layer and ends with the same bytes.
 """
 
 import hashlib
@@ -35,13 +35,13 @@ from glm_quant.litter import entries
 from glm_quant.memory import half_of_memory
 from glm_quant.model.geometry import Geometry
 from glm_quant.streaming.activations import load_arrays, save_arrays
-from glm_quant.streaming.forward import Party, stream_together
+from glm_quant.streaming.forward import TokenBatch, stream_batches
+from glm_quant.streaming.hooks import LayerHooks
 from glm_quant.streaming.memory_plan import disk_bytes, plan_memory
-from glm_quant.streaming.walking import Host
-from glm_quant.streaming.weights import SourceWeights, own_runtime
+from glm_quant.streaming.weights import SourceWeights
 from glm_quant.workspace import Workspace
 
-# Raise it when energies change their meaning.
+# Raise it when importance changes its meaning.
 VERSION = 1
 _FACTOR = "factor-"
 _OURS = re.compile(rf"{_FACTOR}.*|{re.escape(TENSORS_NAME)}|{re.escape(RECORD_NAME)}")
@@ -59,8 +59,8 @@ def calibrate(
     factors: bool = False,
     memory_bytes: int | None = None,
     progress: Callable[[int, int], None] | None = None,
-    beside: Party | None = None,
-    converting: OnePass | None = None,
+    extra_batch: TokenBatch | None = None,
+    encoder: OnePass | None = None,
 ) -> ImatrixRecord:
     """Make an imatrix folder, or return the record of the one that stands.
 
@@ -72,9 +72,9 @@ def calibrate(
             square float32 matrix (GLM-5.2: about 0.35 GB a layer).
         memory_bytes: what the pass may take; default: half of the machine's memory.
         progress: called with layers done and layers to do.
-        beside: other tokens that walk along, see `reference_beside`: the source is read once for
-            both. Memory for them comes on top.
-        converting: encodes each layer as soon as its part is made; brings its weights near, too.
+        extra_batch: other tokens of the same pass, see `reference_batch`: the source is read once
+            for both. Memory for them comes on top.
+        encoder: encodes each layer as soon as its part is made, and fetches its shards.
 
     Raises:
         OutputError: the folder holds something else.
@@ -90,9 +90,9 @@ def calibrate(
             "states": reference_key(source, tokens.sha256),
         }
     )
-    known = ImatrixRecord.load(output / RECORD_NAME)
-    if known is not None and known.fingerprint == key and known.is_whole(output):
-        return known
+    record = ImatrixRecord.load(output / RECORD_NAME)
+    if record is not None and record.fingerprint == key and record.is_whole(output):
+        return record
     names = [path.name for path in entries(output)]
     torn = [name for name in names if _TORN.fullmatch(name)]
     strangers = [name for name in names if name not in torn and not _OURS.fullmatch(name)]
@@ -110,46 +110,39 @@ def calibrate(
             (output / name).unlink(missing_ok=True)
         (output / RECORD_NAME).unlink(missing_ok=True)
         memory = memory_bytes or half_of_memory()
-        near = source if converting is None else converting.near
-        layers = _plan_pass(near, tokens, states, output, key, memory, factors, converting)
-        parties = [layers.party] + ([beside] if beside else [])
-        stream_together(SourceWeights(near), parties, progress, layers)
-        record = layers.whole()
+        weights = SourceWeights(source if encoder is None else encoder.checkpoint)
+        batch, sums = _plan_batch(weights, tokens, states, memory, factors)
+        head = ImatrixRecord(
+            fingerprint=key,
+            source=weights.checkpoint.source.uri,
+            tokens=sum(map(len, batch.sequences)),
+            tokens_sha256=tokens.sha256,
+            least_tokens=LEAST_TOKENS,
+            weights={},
+            coverage={},
+        )
+        layers = _LayerImatrices(batch, sums, head, output, encoder)
+        batches = [batch, extra_batch] if extra_batch else [batch]
+        stream_batches(weights, batches, progress, layers)
+        record = layers.merge(int(weights.args.num_hidden_layers))
         shutil.rmtree(aside.scratch)
     return record
 
 
-def _plan_pass(
-    source: Checkpoint,
-    tokens: TokenSet,
-    folder: Path,
-    output: Path,
-    key: str,
-    memory_bytes: int,
-    factors: bool,
-    converting: OnePass | None,
-) -> "_Layers":
-    """Return who turns the sums of a pass into an imatrix; nothing has been streamed yet."""
-    geometry = Geometry.from_config(source.config)
+def _plan_batch(
+    weights: SourceWeights, tokens: TokenSet, folder: Path, memory_bytes: int, factors: bool
+) -> "tuple[TokenBatch, _WaveSums]":
+    """Divide the tokens into waves; returns their batch and what records its inputs."""
+    geometry = Geometry.from_config(weights.checkpoint.config)
     lengths = [len(sequence) for sequence in tokens.sequences]
-    plan = plan_memory(geometry, lengths, memory_bytes, own_runtime().BLOCK_ELEMENTS)
+    plan = plan_memory(geometry, lengths, memory_bytes, weights.runtime.BLOCK_ELEMENTS)
     folder.mkdir(parents=True, exist_ok=True)
     require_space(folder, disk_bytes(geometry, sum(lengths)), "the hidden states of a pass")
-    keeper = _Keeper(folder, geometry, len(plan.waves), factors)
-    party = Party(tokens.sequences, plan, folder, keeper)
-    head = ImatrixRecord(
-        fingerprint=key,
-        source=source.source.uri,
-        tokens=sum(lengths),
-        tokens_sha256=tokens.sha256,
-        least_tokens=LEAST_TOKENS,
-        weights={},
-        coverage={},
-    )
-    return _Layers(party, keeper, head, output, geometry.num_hidden_layers, converting)
+    sums = _WaveSums(folder, geometry, len(plan.waves), factors)
+    return TokenBatch(tokens.sequences, plan, folder, sums), sums
 
 
-class _Keeper(Observer):
+class _WaveSums(Observer):
     """An observer whose sums are on disk, a file for each layer and wave."""
 
     def __init__(self, folder: Path, geometry: Geometry, waves: int, grams: bool) -> None:
@@ -157,8 +150,8 @@ class _Keeper(Observer):
         self._folder = folder
         self._waves = waves
 
-    def passed(self, index: int, wave: int) -> None:
-        """Keep the sums of a wave, before its states are kept, and begin the next at nothing."""
+    def after_wave(self, index: int, wave: int) -> None:
+        """Write the sums of a wave, before its states are kept, and begin the next at zero."""
         arrays: dict[str, Any] = {}
         for path, sums in self.sums.items():
             arrays |= {f"{path}.squares": sums.squares, f"{path}.counts": sums.counts}
@@ -191,49 +184,51 @@ class _Keeper(Observer):
         return self._folder / f"sums-{index:03d}-{wave:03d}.safetensors"
 
 
-class _Layers(Host):
-    """Makes each layer's part of an imatrix when the tokens have passed it, and all of it at last.
+class _LayerImatrices(LayerHooks):
+    """Makes each layer's part of an imatrix when the tokens have passed it, and merges the parts.
 
     A layer's part is an imatrix of its own beside the states: its record says that it is whole.
     """
 
     def __init__(
         self,
-        party: Party,
-        keeper: _Keeper,
+        batch: TokenBatch,
+        sums: _WaveSums,
         head: ImatrixRecord,
         output: Path,
-        count: int,
-        converting: OnePass | None,
+        encoder: OnePass | None,
     ) -> None:
-        self.party = party
-        self._keeper, self._head, self._output = keeper, head, output
-        self._count, self._converting = count, converting
+        self.batch = batch
+        self._sums, self._head, self._output = sums, head, output
+        self._encoder = encoder
 
-    def enter(self, index: int) -> None:
-        """Let a layer be brought near."""
-        if self._converting:
-            self._converting.enter(index)
+    def before_layer(self, index: int) -> None:
+        """Fetch the layer's shards, if the pass converts."""
+        if self._encoder:
+            self._encoder.before_layer(index)
 
-    def leave(self, index: int) -> None:
+    def after_layer(self, index: int) -> None:
         """Make a layer's part, and let its weights be encoded with it."""
         part = self._part(index)
-        if self._converting:
-            imatrix = Imatrix(self._output, part, self._energies(index))
-            self._converting.encode(index, imatrix)
-            self._converting.measure(index, imatrix, self.party, self.party.folder)
+        if self._encoder:
+            imatrix = Imatrix(self._output, part, self._importance_path(index))
+            self._encoder.encode(index, imatrix)
+            self._encoder.measure(index, imatrix, self.batch, self.batch.folder)
 
-    def whole(self) -> ImatrixRecord:
-        """Put the parts of all layers together; returns the record, which stands in the folder."""
-        parts = [self._part(index) for index in range(self._count)]
+    def merge(self, depth: int) -> ImatrixRecord:
+        """Merge the parts of all layers; returns the record, which stands in the folder."""
+        parts = [self._part(index) for index in range(depth)]
         tensors: dict[str, Any] = {}
-        for index in range(self._count):
-            tensors |= load_arrays(self._energies(index))
+        for index in range(depth):
+            tensors |= load_arrays(self._importance_path(index))
         save_arrays(self._output / TENSORS_NAME, tensors)
-        energies = FileDigest.of(self._output, TENSORS_NAME)
+        importance_file = FileDigest.of(self._output, TENSORS_NAME)
         record = self._head.model_copy(
             update={
-                "outputs": [energies, *(output for part in parts for output in part.outputs)],
+                "outputs": [
+                    importance_file,
+                    *(output for part in parts for output in part.outputs),
+                ],
                 "weights": {path: w for part in parts for path, w in part.weights.items()},
                 "coverage": {i: c for part in parts for i, c in part.coverage.items()},
             }
@@ -241,47 +236,48 @@ class _Layers(Host):
         record.save(self._output / RECORD_NAME)
         return record
 
-    def _energies(self, index: int) -> Path:
-        return self.party.folder / f"energies-{index:03d}.safetensors"
+    def _importance_path(self, index: int) -> Path:
+        return self.batch.folder / f"energies-{index:03d}.safetensors"
 
     def _part(self, index: int) -> ImatrixRecord:
         """Return the record of a layer's part; makes it of the sums if need be."""
-        path = self.party.folder / f"energies-{index:03d}.json"
-        known = ImatrixRecord.load(path)
-        if known is not None and known.is_whole(self._output):
-            return known
-        made = self._make(index)
-        made.save(path)
-        self._keeper.forget(index)
-        return made
+        path = self.batch.folder / f"energies-{index:03d}.json"
+        record = ImatrixRecord.load(path)
+        if record is not None and record.is_whole(self._output):
+            return record
+        record = self._make(index)
+        record.save(path)
+        # After the record: until it stands, the sums are what a resumed pass needs.
+        self._sums.forget(index)
+        return record
 
     def _make(self, index: int) -> ImatrixRecord:
-        sums = self._keeper.layer(index)
+        sums = self._sums.layer(index)
         factors = {
-            path: _factor(self._output, path, of.gram, int(of.counts.sum()))
-            for path, of in sums.items()
-            if of.gram is not None
+            path: _factor(self._output, path, inputs.gram, int(inputs.counts.sum()))
+            for path, inputs in sums.items()
+            if inputs.gram is not None
         }
         tensors: dict[str, Any] = {}
         weights: dict[str, CalibratedWeight] = {}
         coverage: dict[int, list[int]] = {}
-        for path, found in sums.items():
-            energies, thin = importances(found.squares, found.counts, LEAST_TOKENS)
-            # What meets the same input shares a tensor.
+        for path, inputs in sums.items():
+            importance, thin = importances(inputs.squares, inputs.counts, LEAST_TOKENS)
+            # Weights of the same input share a tensor.
             name = path.replace(".up_proj", ".gate_proj")
-            tensors[name] = energies
+            tensors[name] = importance
             factor = factors.get(input_name(path))
             weights[path] = CalibratedWeight(
                 tensor=name,
-                sha256=hashlib.sha256(np.ascontiguousarray(energies).data).hexdigest(),
-                units=len(energies),
+                sha256=hashlib.sha256(np.ascontiguousarray(importance).data).hexdigest(),
+                units=len(importance),
                 thin=thin if ".switch_mlp." in path else 0,
                 factor=factor and factor[0],
                 factor_sha256=factor and factor[1],
             )
             if path.endswith(".switch_mlp.gate_proj"):
-                coverage[index] = found.counts.tolist()
-        save_arrays(self._energies(index), tensors)
+                coverage[index] = inputs.counts.tolist()
+        save_arrays(self._importance_path(index), tensors)
         outputs = [FileDigest.of(self._output, name) for name, _ in factors.values()]
         return self._head.model_copy(
             update={"outputs": outputs, "weights": weights, "coverage": coverage}

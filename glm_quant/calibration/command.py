@@ -4,14 +4,14 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 
-from glm_quant.calibration.one_pass import source_bytes
-from glm_quant.calibration.own import (
+from glm_quant.calibration.build_calibration import (
     calibrate_build,
     converts_too,
     imatrix_folder,
     record_path,
     standing_imatrix,
 )
+from glm_quant.calibration.one_pass import source_bytes
 from glm_quant.checkpoint.source import Source
 from glm_quant.quantize.command import OpenConversion, open_conversion
 from glm_quant.quantize.convert import Watcher

@@ -3,7 +3,7 @@
 `llama-imatrix` writes a GGUF file with two float32 tensors for each weight: `NAME.in_sum2` holds
 Σx² [units, width], `NAME.counts` the tokens that each unit met [units, 1]; units are experts or
 heads. The names are those that llama.cpp gives GLM (its architecture `glm-dsa`). What a reader
-would get wrong: of our energies only the proportions within a unit are known, so what is written
+would get wrong: of our importance only the proportions within a unit are known, so what is written
 has mean 1 for each token; llama.cpp too uses nothing but the proportions.
 """
 
@@ -65,7 +65,7 @@ def read_llama_cpp(file: Path, output: Path) -> ImatrixRecord:
 
     Args:
         file: as `llama-imatrix` writes it.
-        output: folder to make; weights that the file does not name go without energies.
+        output: folder to make; weights that the file does not name go without importance.
 
     Raises:
         RecipeError: it is no such file, or names no weight of GLM.
@@ -85,12 +85,12 @@ def read_llama_cpp(file: Path, output: Path) -> ImatrixRecord:
     for path in sorted(found):
         # What meets the same input shares a tensor, where the file has it.
         shared = input_name(path) if input_name(path) in found else path
-        energies, thin = importances(*found[shared], LEAST_TOKENS)
-        tensors[shared] = energies
+        importance, thin = importances(*found[shared], LEAST_TOKENS)
+        tensors[shared] = importance
         weights[path] = CalibratedWeight(
             tensor=shared,
-            sha256=hashlib.sha256(energies.data).hexdigest(),
-            units=len(energies),
+            sha256=hashlib.sha256(importance.data).hexdigest(),
+            units=len(importance),
             thin=thin,
         )
         if path.endswith(".switch_mlp.gate_proj"):
@@ -131,10 +131,10 @@ def write_llama_cpp(folder: Path, file: Path) -> int:
     writer.add_uint32("imatrix.chunk_size", record.tokens)
     for path, weight in record.weights.items():
         layer, module = _layer_and_module(path)
-        energy = imatrix.energy(path)
-        if energy is None or module not in _NAMES:
+        importance = imatrix.importance(path)
+        if importance is None or module not in _NAMES:
             continue
-        values = energy.of_rows(0, weight.units, weight.units)
+        values = importance.of_rows(0, weight.units, weight.units)
         counts = np.full((weight.units, 1), record.tokens, np.float32)
         if module.startswith("mlp.switch_mlp.") and layer in record.coverage:
             # An expert that met nothing has its layer's mean: none is empty.

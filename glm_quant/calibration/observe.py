@@ -85,22 +85,22 @@ class Observer:
         self._replaced: list[tuple[Any, str, Any]] = []
         self.sums: dict[str, Sums] = {}
 
-    def watch(self, layer: Any, index: int) -> None:
+    def attach(self, layer: Any, index: int) -> None:
         """Put listeners into a loaded layer."""
         path = f"model.layers.{index}"
-        self._watch_attention(layer.self_attn, f"{path}.self_attn")
+        self._listen_to_attention(layer.self_attn, f"{path}.self_attn")
         if "gate" not in layer.mlp:
-            self._watch_mlp(layer.mlp, f"{path}.mlp")
+            self._listen_to_mlp(layer.mlp, f"{path}.mlp")
         elif "shared_experts" in layer.mlp:
-            self._watch_mlp(layer.mlp.shared_experts, f"{path}.mlp.shared_experts")
+            self._listen_to_mlp(layer.mlp.shared_experts, f"{path}.mlp.shared_experts")
 
-    def leave(self) -> None:
+    def detach(self) -> None:
         """Take the listeners out again."""
         for parent, name, module in reversed(self._replaced):
             setattr(parent, name, module)
         self._replaced.clear()
 
-    def routed(self, index: int, expert: int, x: mx.array, middle: mx.array) -> None:
+    def on_expert(self, index: int, expert: int, x: mx.array, middle: mx.array) -> None:
         """Add what an expert's tokens brought: its input, and what its down projection met."""
         path = f"model.layers.{index}.mlp.switch_mlp"
         for name, met in (("gate_proj", x), ("down_proj", middle)):
@@ -108,7 +108,7 @@ class Observer:
             self._of(f"{path}.{name}", self._experts, values.shape[-1]).add(expert, values)
         self.sums[f"{path}.up_proj"] = self.sums[f"{path}.gate_proj"]  # they share the input
 
-    def _watch_attention(self, attention: Any, path: str) -> None:
+    def _listen_to_attention(self, attention: Any, path: str) -> None:
         for name in ("q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "o_proj"):
             self._listen(attention, name, path)
         heads, nope = attention.num_heads, attention.nope_dim
@@ -125,7 +125,7 @@ class Observer:
         norm = Listener(attention.kv_a_layernorm, lambda _: None).showing_output(latents)
         self._replace(attention, "kv_a_layernorm", norm)
 
-    def _watch_mlp(self, mlp: Any, path: str) -> None:
+    def _listen_to_mlp(self, mlp: Any, path: str) -> None:
         for name in ("gate_proj", "up_proj", "down_proj"):
             self._listen(mlp, name, path)
 

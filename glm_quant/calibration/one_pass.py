@@ -1,8 +1,8 @@
 """One pass that calibrates a build and converts it, and makes the reference of its divergence.
 
 From the Hub or S3 the source is what everything waits for, so it is fetched once: layer by layer
-its shards come near (`checkpoint.near` says in which order, and what that costs in bytes and disk),
-the calibration's tokens and those of the divergence pass the layer, its energies and factors are
+its shards come here (`checkpoint.layer_window` has the order, and its cost in bytes and disk),
+the tokens of calibration and divergence pass the layer, its importance and Hessian factors are
 made, and its weights are encoded with them from the same files, on all cores, while the next
 layer's shards come. The codes go to their places in the partial outputs, where the conversion
 finds them done (`quantize.early_encode`): bytes are those of a conversion that comes after, and
@@ -18,7 +18,7 @@ from pydantic import BaseModel, ConfigDict
 
 from glm_quant.artifact import Record
 from glm_quant.checkpoint.imatrix import Imatrix
-from glm_quant.checkpoint.near import NearSource, Walk, nearing
+from glm_quant.checkpoint.layer_window import LayerWindow, ShardOrder, open_layer_window
 from glm_quant.checkpoint.reader import Checkpoint
 from glm_quant.litter import entries
 from glm_quant.model.geometry import Geometry
@@ -27,7 +27,7 @@ from glm_quant.quantize.convert import Conversion
 from glm_quant.quantize.early_encode import EarlyEncoder
 from glm_quant.quantize.plan import Plan, PlannedWeight, calibrated
 from glm_quant.recipe import Recipe
-from glm_quant.streaming.forward import Party, layer_gap
+from glm_quant.streaming.forward import TokenBatch, layer_gap
 from glm_quant.streaming.weights import BuildWeights
 from glm_quant.workspace import Workspace
 
@@ -40,7 +40,7 @@ _SEQUENCES = 4
 def one_pass(
     checkpoint: Checkpoint, recipe: Recipe, conversion: Conversion
 ) -> Generator["OnePass"]:
-    """Give who encodes the layers of a build while they are calibrated.
+    """Open a pass that encodes the layers of a build while they are calibrated.
 
     Args:
         checkpoint: the source.
@@ -49,18 +49,18 @@ def one_pass(
     """
     checkpoint.require_weights()
     _ = checkpoint.tensors  # the headers are read once
-    walk = walk_of(checkpoint)
+    order = shard_order(checkpoint)
     with (
-        nearing(checkpoint, walk) as (near, held),
-        EarlyEncoder(conversion, near) as encoder,
+        open_layer_window(checkpoint, order) as (windowed, window),
+        EarlyEncoder(conversion, windowed) as encoder,
     ):
-        yield OnePass(recipe, conversion.plan, near, held, encoder)
+        yield OnePass(recipe, conversion.plan, windowed, window, encoder)
 
 
-def walk_of(checkpoint: Checkpoint) -> Walk:
+def shard_order(checkpoint: Checkpoint) -> ShardOrder:
     """Return in which order a pass needs the shards of a checkpoint."""
     layers = Geometry.from_config(checkpoint.config).num_hidden_layers
-    return Walk(checkpoint.index.weight_map, layers)
+    return ShardOrder(checkpoint.index.weight_map, layers)
 
 
 def source_bytes(checkpoint: Checkpoint, workspace: Workspace) -> int:
@@ -69,8 +69,8 @@ def source_bytes(checkpoint: Checkpoint, workspace: Workspace) -> int:
     if places is None or checkpoint.missing_shards:  # a plan needs none of them
         return 0
     sizes = {name: checkpoint.files[name].size_bytes for name in checkpoint.index.shards}
-    here = sum(path.stat().st_size for path in entries(workspace.source))
-    return max(0, walk_of(checkpoint).cost(sizes, places).disk_bytes - here)
+    local_bytes = sum(path.stat().st_size for path in entries(workspace.source))
+    return max(0, shard_order(checkpoint).cost(sizes, places).disk_bytes - local_bytes)
 
 
 class LayerError(BaseModel):
@@ -99,22 +99,27 @@ class OnePass:
     """Encodes a build layer by layer, as soon as each one's calibration is known."""
 
     def __init__(
-        self, recipe: Recipe, plan: Plan, near: Checkpoint, held: NearSource, encoder: EarlyEncoder
+        self,
+        recipe: Recipe,
+        plan: Plan,
+        checkpoint: Checkpoint,
+        window: LayerWindow,
+        encoder: EarlyEncoder,
     ) -> None:
         """Sort the plan's weights by layer; see `one_pass`."""
-        self.near = near
+        self.checkpoint = checkpoint
         self.errors: dict[int, LayerError] = {}
-        self._recipe, self._plan, self._held, self._encoder = recipe, plan, held, encoder
-        walk = held.walk
-        self._weights: list[list[PlannedWeight]] = [[] for _ in walk.layers]
+        self._recipe, self._plan, self._window, self._encoder = recipe, plan, window, encoder
+        order = window.order
+        self._weights: list[list[PlannedWeight]] = [[] for _ in order.layers]
         for planned in plan.weights:
-            at = walk.place(planned.weight.parts[0].source)
-            if at is not None:
-                self._weights[at].append(planned)
+            layer = order.place(planned.weight.parts[0].source)
+            if layer is not None:
+                self._weights[layer].append(planned)
 
-    def enter(self, index: int) -> None:
-        """Bring a layer near."""
-        self._held.hold(index)
+    def before_layer(self, index: int) -> None:
+        """Fetch a layer's shards."""
+        self._window.load(index)
 
     def encode(self, index: int, imatrix: Imatrix) -> None:
         """Encode a layer, if it is not encoded yet.
@@ -125,34 +130,37 @@ class OnePass:
         """
         weights = calibrated(self._weights[index], self._recipe, imatrix)
         if self._encoder.pending_jobs(weights):
-            self._held.hold(index)
+            # After an interruption the layer was passed before, and its shards may be gone.
+            self._window.load(index)
             self._encoder.encode(weights)
 
-    def measure(self, index: int, imatrix: Imatrix, party: Party, folder: Path) -> None:
-        """Note what quantizing did to a layer's output, while the states before it are there.
+    def measure(self, index: int, imatrix: Imatrix, batch: TokenBatch, folder: Path) -> None:
+        """Record what quantizing did to a layer's output, while the states before it stand.
 
         Args:
             index: which layer.
             imatrix: as `encode` got it.
-            party: who has passed the source's layer.
-            folder: where it is noted.
+            batch: the calibration's, which has passed the source's layer.
+            folder: for the record.
         """
         path = folder / f"error-{index:03d}.json"
-        known = _LayerErrorRecord.load(path)
-        if known is None or known.fingerprint != imatrix.record.fingerprint:
-            known = _LayerErrorRecord(
-                fingerprint=imatrix.record.fingerprint, error=self._measured(index, imatrix, party)
+        record = _LayerErrorRecord.load(path)
+        # On disk, since a resumed pass no longer has the states before the layer.
+        if record is None or record.fingerprint != imatrix.record.fingerprint:
+            record = _LayerErrorRecord(
+                fingerprint=imatrix.record.fingerprint,
+                error=self._layer_error(index, imatrix, batch),
             )
-            known.save(path)
-        if known.error is not None:
-            self.errors[index] = known.error
+            record.save(path)
+        if record.error is not None:
+            self.errors[index] = record.error
 
-    def _measured(self, index: int, imatrix: Imatrix, party: Party) -> LayerError | None:
+    def _layer_error(self, index: int, imatrix: Imatrix, batch: TokenBatch) -> LayerError | None:
         weights = calibrated(self._weights[index], self._recipe, imatrix)
         if not self._encoder.is_encoded(weights):
             return None
-        build = self._encoder.checkpoint(output_config(self.near.config, self._plan))
-        gap = layer_gap(BuildWeights(build), party, index, _SEQUENCES)
+        build = self._encoder.checkpoint(output_config(self.checkpoint.config, self._plan))
+        gap = layer_gap(BuildWeights(build), batch, index, _SEQUENCES)
         if gap is None:
             return None
         return LayerError(

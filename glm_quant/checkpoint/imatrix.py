@@ -76,15 +76,15 @@ class ImatrixRecord(Record):
         units = sum(len(counts) for counts in self.coverage.values())
         thin = sum(n < self.least_tokens for counts in self.coverage.values() for n in counts)
         return (
-            f"energies of {len(self.weights)} weights from {self.tokens:,} tokens; {thin:,} of "
+            f"importance of {len(self.weights)} weights from {self.tokens:,} tokens; {thin:,} of "
             f"{units:,} routed experts met fewer than {self.least_tokens} and have their layer's "
             "mean"
         )
 
 
 @dataclass(frozen=True)
-class Energy:
-    """A weight's energies in an imatrix on disk; rows are read when they are needed."""
+class Importance:
+    """A weight's importance in an imatrix on disk; rows are read when they are needed."""
 
     file: Path
     tensor: str
@@ -122,7 +122,7 @@ class Imatrix:
     """An imatrix folder, checked."""
 
     def __init__(self, folder: Path, record: ImatrixRecord, tensors: Path | None = None) -> None:
-        """Remember them; `tensors` is where the energies stand, if not in the folder."""
+        """Remember them; `tensors` is where the tensors stand, if not in the folder."""
         self.record = record
         self.folder = folder
         self._file = tensors or folder / TENSORS_NAME
@@ -148,12 +148,12 @@ class Imatrix:
                 output.check(folder)
         return cls(folder, record)
 
-    def energy(self, path: str) -> Energy | None:
-        """Return the energies of the weight at an MLX module path, if it has any."""
+    def importance(self, path: str) -> Importance | None:
+        """Return the importance of the weight at an MLX module path, if it has any."""
         known = self.record.weights.get(path)
         if known is None:
             return None
-        return Energy(self._file, known.tensor, known.sha256, known.units)
+        return Importance(self._file, known.tensor, known.sha256, known.units)
 
     @property
     def has_factors(self) -> bool:

@@ -86,7 +86,7 @@ def encode(
     rows: Rows,
     scheme: Scheme,
     where: str,
-    energy: NDArray[np.float32] | None = None,
+    importance: NDArray[np.float32] | None = None,
     factor: NDArray[np.float32] | None = None,
 ) -> list[NDArray[Any]]:
     """Return a weight's stored tensors, [rows, ...] each, in the order of `scheme.layouts`.
@@ -97,7 +97,7 @@ def encode(
         rows: in the source's dtype.
         scheme: what to make of it.
         where: for messages.
-        energy: E[x²] of the inputs, for `search`: see there.
+        importance: E[x²] of the inputs, for `search`: see there.
         factor: of their covariance, for `gptq`, which is `search` without it.
 
     Raises:
@@ -107,9 +107,9 @@ def encode(
         return [_cast(rows, scheme.dtype, where)]
     if scheme.mode == "affine":
         if factor is not None:
-            made = quantize_gptq(*rows, scheme.bits, scheme.group_size, factor, energy)
+            made = quantize_gptq(*rows, scheme.bits, scheme.group_size, factor, importance)
         elif scheme.quantizer != "minmax":
-            made = quantize_search(*rows, scheme.bits, scheme.group_size, energy)
+            made = quantize_search(*rows, scheme.bits, scheme.group_size, importance)
         else:
             made = quantize_affine(*rows, scheme.bits, scheme.group_size)
         codes, scales, biases = made

@@ -36,7 +36,7 @@ def quantize_gptq(
     bits: int,
     group_size: int,
     factor: NDArray[np.float32],
-    energy: NDArray[np.float32] | None = None,
+    importance: NDArray[np.float32] | None = None,
 ) -> tuple[NDArray[np.uint32], Bits, Bits]:
     """Quantize rows of weights.
 
@@ -46,7 +46,7 @@ def quantize_gptq(
         bits: 2, 3, 4, 5, 6 or 8.
         group_size: divides width.
         factor: U, [width, width], upper triangular, positive on the diagonal.
-        energy: as for `quantize_search`, which chooses the scales.
+        importance: as for `quantize_search`, which chooses the scales.
 
     Returns:
         As `affine.quantize_affine`.
@@ -56,7 +56,7 @@ def quantize_gptq(
     scales = np.empty((rows, width // group_size), weights.dtype)
     biases = np.empty_like(scales)
     n = np.float32((1 << bits) - 1)
-    per_unit = rows if energy is None else rows // len(energy)
+    per_unit = rows if importance is None else rows // len(importance)
     blocks = [
         (unit, slice(first, min(first + _ROWS, (unit + 1) * per_unit)))
         for unit in range(rows // per_unit)
@@ -64,12 +64,14 @@ def quantize_gptq(
     ]
     for unit, part in blocks:
         left = to_float32(np.ascontiguousarray(weights[part]), dtype)
-        own = None if energy is None else energy[unit][None]
+        unit_rows = None if importance is None else importance[unit][None]
         for group in range(width // group_size):
             columns = slice(group * group_size, (group + 1) * group_size)
             now = from_float32(np.ascontiguousarray(left[:, columns]), dtype)
-            loud = None if own is None else np.ascontiguousarray(own[:, columns])
-            _, s, b = quantize_search(now, dtype, bits, group_size, loud)
+            column_importance = (
+                None if unit_rows is None else np.ascontiguousarray(unit_rows[:, columns])
+            )
+            _, s, b = quantize_search(now, dtype, bits, group_size, column_importance)
             made = Group(left[:, columns], factor[columns, columns], n)
             grid = made.refine((to_float32(s[:, 0], dtype), to_float32(b[:, 0], dtype)), dtype)
             errors = made.choose(grid)

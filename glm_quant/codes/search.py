@@ -70,7 +70,7 @@ def quantize_search(
     dtype: str,
     bits: int,
     group_size: int,
-    energy: NDArray[np.float32] | None = None,
+    importance: NDArray[np.float32] | None = None,
     settings: Search = DEFAULT,
 ) -> tuple[NDArray[np.uint32], Bits, Bits]:
     """Quantize rows of weights.
@@ -80,8 +80,8 @@ def quantize_search(
         dtype: "BF16", "F16" or "F32".
         bits: 2, 3, 4, 5, 6 or 8.
         group_size: divides width.
-        energy: E[x²] of the inputs, [units, width], positive, mean about 1: each row of it is for
-            rows / units rows of weights. None: all are 1.
+        importance: E[x²] of the inputs, [units, width], positive, mean about 1: each row of it is
+            for rows / units rows of weights. None: all are 1.
         settings: what to minimize.
 
     Returns:
@@ -89,15 +89,15 @@ def quantize_search(
     """
     rows, width = weights.shape
     codes, scales, biases = quantize_unrounded(weights, dtype, bits, group_size)
-    if energy is None:
-        energy = np.ones((1, width), np.float32)
+    if importance is None:
+        importance = np.ones((1, width), np.float32)
     starts = [(low, high) for low in _SHARES[bits] for high in _SHARES[bits]]
     values = to_float32(weights, dtype).reshape(-1)
     improved = np.zeros(scales.size, np.bool_)
     grids = scales.reshape(-1), biases.reshape(-1)
     search(
-        (values, np.ascontiguousarray(energy).reshape(-1)),
-        (group_size, width, rows // len(energy)),
+        (values, np.ascontiguousarray(importance).reshape(-1)),
+        (group_size, width, rows // len(importance)),
         np.array(starts, np.float32),
         (np.float32((1 << bits) - 1), DROPPED[dtype], np.float32(LIMIT[dtype])),
         (np.float32(min(settings.slack, _ANY)), settings.magnitudes),

@@ -82,9 +82,9 @@ def new_lanes() -> _Lanes:
 
 @compiled
 def _load(
-    source: Any, energy: Any, shape: Any, groups: Any, w: Any, h: Any
+    source: Any, importance: Any, shape: Any, groups: Any, w: Any, h: Any
 ) -> None:  # pragma: no cover - compiled
-    """Lay 16 groups side by side, with the energies of their columns; the last one fills up."""
+    """Lay 16 groups side by side, with the importance of their columns; the last one fills up."""
     group_size, width, rows_per_unit = shape
     first, last = groups
     for lane in range(_LANES):
@@ -93,7 +93,7 @@ def _load(
         unit = (row // rows_per_unit) * width + begin - row * width
         for j in range(group_size):
             w[j * _LANES + lane] = source[begin + j]
-            h[j * _LANES + lane] = energy[unit + j]
+            h[j * _LANES + lane] = importance[unit + j]
 
 
 @compiled
@@ -131,7 +131,7 @@ def _set_aside(w: Any, at: Any) -> None:  # pragma: no cover - compiled
 
 @compiled
 def _weigh(w: Any, h: Any, magnitudes: Any, at: Any) -> None:  # pragma: no cover - compiled
-    """Turn energies into importances, and sum them."""
+    """Weigh the importance of each column by the size of its weight, and sum it."""
     share = np.float32(0.75)
     for lane in range(_LANES):
         at.sum_h[lane] = at.sum_hw[lane] = np.float32(0)
@@ -242,7 +242,7 @@ def search(
     """Replace MLX's s and b by better ones, rounded, and mark the groups where it was done.
 
     Args:
-        inputs: weights, flat; energies of their columns, [units · width], flat.
+        inputs: weights, flat; importance of their columns, [units · width], flat.
         shape: group size, width, rows of a unit.
         starts: shares of the way from the mean to the lower and upper end, [starts, 2].
         numbers: the largest code; how many bits of a float32's fraction the dtype of s and b
@@ -253,12 +253,12 @@ def search(
     """
     n, dropped, limit = numbers
     scales, biases, better = result
-    source, energy = inputs
+    source, importance = inputs
     last = scales.size - 1
     w = np.empty(shape[0] * _LANES, np.float32)
     h = np.empty_like(w)
     for first in range(0, scales.size, _LANES):
-        _load(source, energy, shape, (first, last), w, h)
+        _load(source, importance, shape, (first, last), w, h)
         _survey(w, at)
         for lane in range(_LANES):
             at.mlx_s[lane] = scales[min(first + lane, last)]

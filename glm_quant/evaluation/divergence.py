@@ -35,7 +35,7 @@ from glm_quant.memory import half_of_memory
 from glm_quant.model.geometry import Geometry
 from glm_quant.recipe import DivergenceSettings
 from glm_quant.streaming.activations import load_arrays, save_arrays
-from glm_quant.streaming.forward import Party, forget_states, sequence_path, stream_states
+from glm_quant.streaming.forward import TokenBatch, forget_states, sequence_path, stream_states
 from glm_quant.streaming.memory_plan import disk_bytes, plan_memory
 from glm_quant.streaming.weights import BuildWeights, SourceWeights, Weights
 from glm_quant.workspace import Workspace
@@ -96,9 +96,9 @@ def divergence(
 
 
 @contextmanager
-def reference_beside(
+def reference_batch(
     source: Checkpoint, tokens: TokenSet, folder: Path, memory_bytes: int
-) -> Generator[Party | None]:
+) -> Generator[TokenBatch | None]:
     """Make the source's record in a pass that reads the source anyway.
 
     Args:
@@ -122,7 +122,7 @@ def reference_beside(
             return
         work.require_space(place)
         started = work.begin()
-        yield Party(work.sequences, work.plan, place)
+        yield TokenBatch(work.sequences, work.plan, place)
         paths = [sequence_path(place, number) for number in range(len(work.sequences))]
         if all(path.exists() for path in paths):  # else the other pass had nothing to do
             work.keep_reference(place, work.facts(work.source, started))

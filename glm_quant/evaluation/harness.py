@@ -113,7 +113,7 @@ def _language_model(model: Any, tokenizer: Any, settings: HarnessSettings) -> An
     """Return the command's own model class around a model that is loaded."""
     from mlx_lm import evaluate as peer
 
-    from glm_quant.evaluation.peers import replaced
+    from glm_quant.evaluation.mlx_lm_protocols import replaced
 
     make = cast("Any", peer.MLXLM)
     with replaced(peer, "load", lambda *_args, **_options: (model, tokenizer)):

@@ -121,7 +121,7 @@ def _peers(
     perplexity = harness = None
     _forget_torch()
     if settings.peer_perplexity:
-        from glm_quant.evaluation.peers import measure_peer_perplexity
+        from glm_quant.evaluation.mlx_lm_protocols import measure_peer_perplexity
 
         perplexity = measure_peer_perplexity(model, tokenizer, settings.peer_perplexity, tick)
     if settings.harness:
@@ -136,7 +136,7 @@ def _texts_of_the_hub(settings: EvaluationSettings) -> dict[str, str]:
     if not settings.perplexity_datasets:
         return {}
     _forget_torch()
-    from glm_quant.evaluation.peers import load_text
+    from glm_quant.evaluation.mlx_lm_protocols import load_text
 
     return {name: load_text(each) for name, each in settings.perplexity_datasets.items()}
 

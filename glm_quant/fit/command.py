@@ -15,7 +15,7 @@ import yaml
 
 from glm_quant import __version__
 from glm_quant.artifact import write_atomic
-from glm_quant.calibration.own import (
+from glm_quant.calibration.build_calibration import (
     calibrate_build,
     imatrix_folder,
     record_path,

@@ -3,7 +3,7 @@
 Two measures. `kl` streams the source with just this part quantized and takes the mean of KL over
 some tokens: what a user would notice, but every part is encoded in every scheme. `scaled` streams
 each part in one scheme, and scales that KL for the others by the ratio of errors of a few rows of
-each weight, weighed by the energies of their inputs where there is an imatrix: Σ over matrices of
+each weight, weighed by the importance of their inputs where there is an imatrix: Σ over matrices of
 ΣE(w - ŵ)² / ΣEw². Trials walk through the source together, as many as memory holds, so that it is
 read once for all of them. What a reader would get wrong: costs
 are added up over parts as if they did not meet, which holds for small errors (HIGGS,
@@ -41,7 +41,7 @@ from glm_quant.model.geometry import Geometry
 from glm_quant.model.restructure import transform_rows
 from glm_quant.quantize.plan import PlannedWeight
 from glm_quant.streaming.activations import load_arrays
-from glm_quant.streaming.forward import Party, forget_states, sequence_path, stream_together
+from glm_quant.streaming.forward import TokenBatch, forget_states, sequence_path, stream_batches
 from glm_quant.streaming.memory_plan import disk_bytes, plan_memory
 from glm_quant.streaming.weights import Floats, SourceWeights
 
@@ -221,43 +221,43 @@ class DivergenceMeter:
         )
         weights = [TrialWeights(self._source.checkpoint, each, steps.encoded) for each in planned]
         names = [f"trial-{fingerprint([self._key, trial.schemes])[:16]}" for trial in trials]
-        reference = self._party(f"reference-{self._key[:16]}", None)
-        parties = [self._party(*one) for one in zip(names, weights, strict=True)]
-        missing = [one for one in (reference, *parties) if not _is_done(one)]
+        reference = self._batch(f"reference-{self._key[:16]}", None)
+        batches = [self._batch(*one) for one in zip(names, weights, strict=True)]
+        missing = [one for one in (reference, *batches) if not _is_done(one)]
         if missing:
             size = disk_bytes(self._geometry, len(self._targets)) * len(missing)
             require_space(self._folder, size, "the hidden states of a pass")
-            stream_together(self._source, missing, steps.passed)
+            stream_batches(self._source, missing, steps.passed)
         for one in missing:
             forget_states(one.folder)
         states = _final_states(reference)
         costs: list[float] = []
-        for one, model in zip(parties, weights, strict=True):
+        for one, model in zip(batches, weights, strict=True):
             own = _final_states(one)
             found = compare_states((self._source, states), (model, own), self._targets)
             costs.append(float(found.kl.mean()))
             steps.compared(len(costs), len(trials))
-        for one in parties:
+        for one in batches:
             shutil.rmtree(one.folder)
         return costs
 
-    def _party(self, name: str, weights: TrialWeights | None) -> Party:
+    def _batch(self, name: str, weights: TrialWeights | None) -> TokenBatch:
         folder = self._folder / name
         folder.mkdir(parents=True, exist_ok=True)
-        return Party(self._tokens.sequences, self._plan, folder, variant=weights)
+        return TokenBatch(self._tokens.sequences, self._plan, folder, variant=weights)
 
 
-def _final_files(party: Party) -> list[Path]:
-    return [sequence_path(party.folder, number) for number in range(len(party.sequences))]
+def _final_files(batch: TokenBatch) -> list[Path]:
+    return [sequence_path(batch.folder, number) for number in range(len(batch.sequences))]
 
 
-def _is_done(party: Party) -> bool:
-    return all(path.is_file() for path in _final_files(party))
+def _is_done(batch: TokenBatch) -> bool:
+    return all(path.is_file() for path in _final_files(batch))
 
 
-def _final_states(party: Party) -> Floats:
+def _final_states(batch: TokenBatch) -> Floats:
     """Return [tokens, hidden_size]."""
-    return np.concatenate([load_arrays(path)["hidden"] for path in _final_files(party)])
+    return np.concatenate([load_arrays(path)["hidden"] for path in _final_files(batch)])
 
 
 class ScaledMeter:
@@ -328,10 +328,12 @@ class ErrorMeter:
         for one in part.weights:
             off, size = np.zeros(len(schemes)), 0.0
             for first_row, rows in self._samples(one):
-                energy = np.ones((1, rows.shape[1]), np.float32)
-                if one.energy is not None:
-                    energy = one.energy.of_rows(first_row, len(rows), one.weight.rows)
-                weighed = np.repeat(energy, len(rows) // len(energy), axis=0).astype(np.float64)
+                importance = np.ones((1, rows.shape[1]), np.float32)
+                if one.importance is not None:
+                    importance = one.importance.of_rows(first_row, len(rows), one.weight.rows)
+                weighed = np.repeat(importance, len(rows) // len(importance), axis=0).astype(
+                    np.float64
+                )
                 size += float((weighed * np.square(rows, dtype=np.float64)).sum())
                 for i, under in enumerate(planned):
                     made = expanded(under[one.weight.path], rows, first_row)

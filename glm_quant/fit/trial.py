@@ -56,15 +56,17 @@ class TrialWeights(SourceWeights):
     def experts(self, layer: int, wanted: Sequence[int]) -> Iterator[tuple[int, list[mx.array]]]:
         """Yield (expert, [gate, up, down]) in the order of `wanted`; each [out, in]."""
         for expert, matrices in super().experts(layer, wanted):
-            yield expert, self.own_expert(layer, expert, matrices)
+            yield expert, self.variant_expert(layer, expert, matrices)
 
-    def own_layer(self, index: int, layer: Any) -> Any:
+    def variant_layer(self, index: int, layer: Any) -> Any:
         """Return a layer with what is planned of it, or the source's where nothing is."""
         prefix = f"model.layers.{index}."
         own = (path for path in self._planned if path.startswith(prefix))
         return self.layer(index) if any(".switch_mlp." not in path for path in own) else layer
 
-    def own_expert(self, layer: int, expert: int, matrices: Sequence[mx.array]) -> list[mx.array]:
+    def variant_expert(
+        self, layer: int, expert: int, matrices: Sequence[mx.array]
+    ) -> list[mx.array]:
         """Return [gate, up, down] of an expert, given the source's."""
         path = f"model.layers.{layer}.mlp.switch_mlp"
         return [
@@ -102,11 +104,11 @@ def expanded(
     factor = planned.factor.load() if planned.factor is not None else None
 
     def codes(piece: slice) -> list[NDArray[Any]]:
-        energy = None
-        if planned.energy is not None:
+        importance = None
+        if planned.importance is not None:
             first, count = first_row + piece.start, piece.stop - piece.start
-            energy = planned.energy.of_rows(first, count, planned.weight.rows)
-        return encode(Rows(bits[piece], dtype), scheme, planned.weight.name, energy, factor)
+            importance = planned.importance.of_rows(first, count, planned.weight.rows)
+        return encode(Rows(bits[piece], dtype), scheme, planned.weight.name, importance, factor)
 
     pieces = _threads().map(codes, _pieces(planned, first_row, len(rows)))
     made, scales, biases = map(np.concatenate, zip(*pieces, strict=True))
@@ -125,8 +127,8 @@ _ROWS = 256
 
 
 def _pieces(planned: PlannedWeight, first_row: int, count: int) -> Iterator[slice]:
-    """Yield pieces of some rows of a weight, none of them with rows of two units of its energy."""
-    unit = planned.weight.rows // (planned.energy.units if planned.energy else 1)
+    """Yield pieces of some rows of a weight, each within one unit of its importance."""
+    unit = planned.weight.rows // (planned.importance.units if planned.importance else 1)
     begin = 0
     while begin < count:
         left = unit - (first_row + begin) % unit

@@ -236,12 +236,12 @@ def encode_job(
         if not any(tensor.shard in shards for tensor in weight.tensors):
             continue
         made = transform_rows(rows.bits, target.part.transform, geometry)
-        energy = None
-        if weight.energy is not None:
+        importance = None
+        if weight.importance is not None:
             all_rows = weight.weight.rows
-            energy = weight.energy.of_rows(target.first_row, len(made), all_rows)
+            importance = weight.importance.of_rows(target.first_row, len(made), all_rows)
         factor = weight.factor.load() if weight.factor is not None else None
-        arrays = encode(Rows(made, rows.dtype), weight.scheme, where, energy, factor)
+        arrays = encode(Rows(made, rows.dtype), weight.scheme, where, importance, factor)
         fidelity = None
         if isinstance(weight.scheme, Quantized):
             fidelity = measure(made, rows.dtype, weight.scheme, arrays)

@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict
 
 from glm_quant.checkpoint import fp8
 from glm_quant.checkpoint.header import ITEM_SIZE
-from glm_quant.checkpoint.imatrix import Energy, Factor, Imatrix, ImatrixRecord
+from glm_quant.checkpoint.imatrix import Factor, Imatrix, ImatrixRecord, Importance
 from glm_quant.checkpoint.reader import Checkpoint
 from glm_quant.codes.scheme import Quantized, Scheme, Stored, TensorLayout, layouts
 from glm_quant.errors import RecipeError
@@ -51,7 +51,7 @@ class PlannedWeight:
     weight: OutputWeight
     scheme: Scheme
     tensors: tuple[PlannedTensor, ...]
-    energy: Energy | None = None
+    importance: Importance | None = None
     factor: Factor | None = None
 
     def describe(self) -> str:
@@ -61,8 +61,8 @@ class PlannedWeight:
     @property
     def calibrated(self) -> str:
         """What of a calibration decides its bytes."""
-        energy = f", imatrix {self.energy.sha256}" if self.energy else ""
-        return energy + (f", factor {self.factor.sha256}" if self.factor else "")
+        imatrix = f", imatrix {self.importance.sha256}" if self.importance else ""
+        return imatrix + (f", factor {self.factor.sha256}" if self.factor else "")
 
     @property
     def size_bytes(self) -> int:
@@ -266,29 +266,30 @@ def _scheme(rule: Rule, weight: OutputWeight, recipe: Recipe) -> Scheme | None:
 def calibrated(
     planned: Sequence[PlannedWeight], recipe: Recipe, imatrix: Imatrix
 ) -> tuple[PlannedWeight, ...]:
-    """Give searched weights their energies and `gptq` its factors.
+    """Give searched weights their importance and `gptq` its factors.
 
     What no calibration reaches goes without: `gptq` without a factor is `search`.
     """
     made: list[PlannedWeight] = []
     if recipe.wants_factors and not imatrix.has_factors:
         raise RecipeError(
-            f"{recipe.file}: imatrix {imatrix.folder} has energies alone, and the quantizer `gptq` "
-            "needs factors. Make it again with `glm-quant calibrate --factors`, or use `search`."
+            f"{recipe.file}: imatrix {imatrix.folder} has importance alone, and the quantizer "
+            "`gptq` needs factors. Make it again with `glm-quant calibrate --factors`, or use "
+            "`search`."
         )
     for one in planned:
-        energy, factor = None, None
+        importance, factor = None, None
         if isinstance(one.scheme, Quantized) and one.scheme.quantizer != "minmax":
-            energy = imatrix.energy(one.weight.path)
+            importance = imatrix.importance(one.weight.path)
             if one.scheme.quantizer == "gptq":
                 factor = imatrix.factor(one.weight.path)
-        if energy and energy.shape() != (energy.units, one.weight.shape[-1]):
+        if importance and importance.shape() != (importance.units, one.weight.shape[-1]):
             raise RecipeError(
-                f"{recipe.file}: imatrix {imatrix.folder} has energies {list(energy.shape())} for "
-                f"{one.weight.path}, whose shape is {list(one.weight.shape)}. It was made from "
-                "another model; calibrate this one."
+                f"{recipe.file}: imatrix {imatrix.folder} has importance "
+                f"{list(importance.shape())} for {one.weight.path}, whose shape is "
+                f"{list(one.weight.shape)}. It was made from another model; calibrate this one."
             )
-        made.append(replace(one, energy=energy, factor=factor))
+        made.append(replace(one, importance=importance, factor=factor))
     return tuple(made)
 
 

@@ -1,14 +1,18 @@
 """What the inputs of each weight are, for a recipe that encodes with it."""
 
-from glm_quant.calibration.own import STAGE as CALIBRATE
-from glm_quant.calibration.own import CalibrationRecord, calibrate_build, calibration_inputs
+from glm_quant.calibration.build_calibration import STAGE as CALIBRATE
+from glm_quant.calibration.build_calibration import (
+    CalibrationRecord,
+    calibrate_build,
+    calibration_inputs,
+)
 from glm_quant.fingerprint import Canonical
 from glm_quant.quantize.convert import Progress
 from glm_quant.stages.base import Stage
 
 
 class CalibrateStage(Stage[CalibrationRecord]):
-    """How loud the inputs of each weight are, where the recipe wants to know it."""
+    """The importance of each weight's inputs, and their Hessians, where the recipe wants them."""
 
     name = CALIBRATE
     record_type = CalibrationRecord

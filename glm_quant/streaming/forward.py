@@ -2,11 +2,11 @@
 
 All sequences pass a layer before the next one is read, so each weight is read once however many
 tokens there are. Attention takes sequence by sequence; the feed-forward takes the tokens of all
-sequences of a wave, grouped by the expert that they chose. Several *parties* may walk together,
-each with tokens, waves and files of its own, and some with weights that differ here and there: they
-share the reading of weights and nothing else, so each ends with the bytes that it would have had
-alone. What a reader would get wrong: a shared layer attends to the keys that the last full layer
-selected, so selections travel with the hidden states from layer to layer, on disk too.
+sequences of a wave, grouped by the expert that they chose. Several token batches may pass together,
+each with waves and files of its own, and some as a variant of the model: they share the reading of
+weights and nothing else, so each ends with the bytes that it would have alone. A shared layer
+attends to the keys that the last full layer selected, so selections are kept with the hidden states
+from layer to layer, on disk too.
 """
 
 import logging
@@ -25,9 +25,9 @@ from numpy.typing import NDArray
 
 from glm_quant.fingerprint import fingerprint
 from glm_quant.streaming.activations import Activations, load_arrays, save_arrays
+from glm_quant.streaming.hooks import BatchHooks, LayerHooks, Tokens, Variant
 from glm_quant.streaming.memory_plan import MLP_ROWS, MemoryPlan
 from glm_quant.streaming.products import product
-from glm_quant.streaming.walking import Host, Tokens, Variant, Watching
 from glm_quant.streaming.weights import Floats, Weights
 
 log = logging.getLogger(__name__)
@@ -50,22 +50,22 @@ def sequence_path(folder: Path, number: int) -> Path:
 
 
 @dataclass(frozen=True)
-class Party:
-    """Some sequences on their way through the layers.
+class TokenBatch:
+    """Sequences that pass the layers together, with a memory plan and files of their own.
 
     Attributes:
         sequences: token ids, each [L].
         plan: which of them go through a layer at a time.
-        folder: where the files go, the party's alone; the states on the way lie inside it until
-            `forget_states`.
-        watching: sees what was not passed before an interruption.
-        variant: its own weights, where they are not those that all share.
+        folder: where the files go, the batch's alone; the states between layers lie inside it
+            until `forget_states`.
+        hooks: see what was not passed before an interruption.
+        variant: the model, where it is not the one whose weights are read for all.
     """
 
     sequences: Sequence[Tokens]
     plan: MemoryPlan
     folder: Path
-    watching: Watching | None = None
+    hooks: BatchHooks | None = None
     variant: Variant | None = None
 
 
@@ -76,85 +76,93 @@ def stream_states(
     folder: Path,
     progress: Progress | None = None,
 ) -> list[Path]:
-    """Write the final hidden states of some sequences: `stream_together` of one party."""
-    return stream_together(weights, [Party(sequences, plan, folder)], progress)[0]
+    """Write the final hidden states of some sequences: `stream_batches` of one batch."""
+    return stream_batches(weights, [TokenBatch(sequences, plan, folder)], progress)[0]
 
 
-def stream_together(
+def stream_batches(
     weights: Weights,
-    parties: Sequence[Party],
+    batches: Sequence[TokenBatch],
     progress: Progress | None = None,
-    host: Host | None = None,
+    hooks: LayerHooks | None = None,
 ) -> list[list[Path]]:
-    """Write the final hidden states of all sequences of all parties, after the last norm.
+    """Write the final hidden states of all sequences of all batches, after the last norm.
 
-    A call that was interrupted is gone on with at the layer, and within it at the wave.
+    A call that was interrupted continues at its layer, and within the layer at its wave.
 
     Args:
-        weights: the model's; read once for a wave of each party.
-        parties: who walks.
+        weights: the model's; read once for a wave of each batch.
+        batches: what passes.
         progress: called with layers done and layers to do.
-        host: told of every layer.
+        hooks: called before and after every layer.
 
     Returns:
-        For each party one file a sequence, holding `hidden`, float32 [L, hidden_size].
+        For each batch one file a sequence, holding `hidden`, float32 [L, hidden_size].
     """
-    tick, host = progress or (lambda _done, _total: None), host or Host()
+    tick, hooks = progress or (lambda _done, _total: None), hooks or LayerHooks()
     depth = int(weights.args.num_hidden_layers)
-    passes = [_Pass(weights, party) for party in parties]
-    begin = min(one.begin() for one in passes)
-    for index in range(begin):
-        host.leave(index)
-    if begin == 0:
-        host.enter(0)  # the embeddings are near too
-    for one in passes:
-        one.embed()
-    for index in range(begin, depth):
+    passes = [_Pass(weights, batch) for batch in batches]
+    first = min(batch_pass.first_layer() for batch_pass in passes)
+    # Whoever finishes layers may not have finished these: states are kept before the hook returns.
+    for index in range(first):
+        hooks.after_layer(index)
+    if first == 0:
+        hooks.before_layer(0)  # it fetches the shards that hold the embeddings, too
+    for batch_pass in passes:
+        batch_pass.embed()
+    for index in range(first, depth):
         started = time.monotonic()
-        host.enter(index)
+        hooks.before_layer(index)
         _pass_layer(weights, passes, index)
-        host.leave(index)
-        for one in passes:
-            one.states.forget_before(index)
+        hooks.after_layer(index)
+        # Only now: the hook compares the states before the layer with those after it.
+        for batch_pass in passes:
+            batch_pass.states.forget_before(index)
         tick(index + 1, depth)
         log.info(
-            "divergence: layer %d of %d of %s (%.1f s)",
+            "streamed: layer %d of %d of %s (%.1f s)",
             index + 1,
             depth,
             weights.checkpoint.source.uri,
             time.monotonic() - started,
         )
-    return [one.finish(depth - 1) for one in passes]
+    return [batch_pass.finish(depth - 1) for batch_pass in passes]
 
 
 def _pass_layer(weights: Weights, passes: "Sequence[_Pass]", index: int) -> None:
-    """Bring every wave of every party through a layer; waves of one number go together."""
+    """Bring every wave of every batch through a layer."""
     layer = weights.layer(index)
-    for wave in range(max(one.waves for one in passes)):
-        turns = [turn for one in passes if (turn := one.attend(layer, index, wave)) is not None]
-        chosen = {int(expert) for turn in turns for expert in np.unique(turn.chosen)}
+    # Waves of one number go together: an expert that several batches chose is read once for them.
+    for wave in range(max(batch_pass.waves for batch_pass in passes)):
+        steps = [
+            step
+            for batch_pass in passes
+            if (step := batch_pass.attend(layer, index, wave)) is not None
+        ]
+        chosen = {int(expert) for step in steps for expert in np.unique(step.chosen)}
         for expert, matrices in weights.experts(index, sorted(chosen)):
-            for turn in turns:
-                turn.meet(index, expert, matrices)
-        for turn in turns:
-            turn.keep(index, wave)
+            for step in steps:
+                step.add_expert(index, expert, matrices)
+        for step in steps:
+            step.save(index, wave)
         mx.clear_cache()
 
 
 @dataclass
-class _Turn:
-    """A wave of a party between a layer's attention and its end.
+class LayerStep:
+    """A wave of a batch in one layer, after attention: what its feed-forward still adds to.
 
     Attributes:
+        batch_pass: the batch's pass.
         hidden: after attention, [tokens, hidden_size].
-        normed: what the feed-forward meets, likewise.
-        out: what the feed-forward has given so far, likewise.
+        normed: input of the feed-forward, likewise.
+        out: sum of the feed-forward's outputs so far, likewise.
         chosen: each token's experts, [tokens, num_experts_per_tok]; nothing in a dense layer.
-        shares: of what they give, likewise.
+        shares: weights of the experts' outputs, likewise.
         topk: selections for the next layer, by their names.
     """
 
-    of: "_Pass"
+    batch_pass: "_Pass"
     hidden: Floats
     normed: Floats
     out: Floats
@@ -162,42 +170,44 @@ class _Turn:
     shares: Floats
     topk: dict[str, NDArray[Any]]
 
-    def meet(self, index: int, expert: int, matrices: Sequence[mx.array]) -> None:
-        """Add what an expert gives to the tokens that chose it."""
+    def add_expert(self, index: int, expert: int, matrices: Sequence[mx.array]) -> None:
+        """Add an expert's output for the tokens that chose it."""
         token, slot = np.nonzero(self.chosen == expert)
-        if len(token) and self.of.variant:
-            matrices = self.of.variant.own_expert(index, expert, matrices)
+        variant, hooks = self.batch_pass.variant, self.batch_pass.hooks
+        if len(token) and variant:
+            matrices = variant.variant_expert(index, expert, matrices)
         for first in range(0, len(token), MLP_ROWS):
             part = token[first : first + MLP_ROWS]
             share = self.shares[part, slot[first : first + MLP_ROWS]]
-            given = mx.array(self.normed[part])
+            x = mx.array(self.normed[part])
             gate, up, down = matrices
-            middle = nn.silu(product(given, gate)) * product(given, up)
-            if self.of.watching:
-                self.of.watching.routed(index, expert, given, middle)
+            middle = nn.silu(product(x, gate)) * product(x, up)
+            if hooks:
+                hooks.on_expert(index, expert, x, middle)
             self.out[part] += np.array(product(middle, down) * mx.array(share)[:, None])
 
-    def keep(self, index: int, wave: int) -> None:
+    def save(self, index: int, wave: int) -> None:
         """Write the states after the layer."""
         self.hidden += self.out
-        if self.of.watching:
-            self.of.watching.passed(index, wave)
-        save_arrays(self.of.states.path(index, wave), self.topk | {"hidden": self.hidden})
+        # What was recorded is kept first: a wave whose states stand is never computed again.
+        if self.batch_pass.hooks:
+            self.batch_pass.hooks.after_wave(index, wave)
+        save_arrays(self.batch_pass.states.path(index, wave), self.topk | {"hidden": self.hidden})
 
 
 class _Pass:
-    """A party, and how far it has come."""
+    """A batch's pass through the layers, and how far it has come."""
 
-    def __init__(self, weights: Weights, party: Party) -> None:
-        self.watching = party.watching
-        self.variant = party.variant
+    def __init__(self, weights: Weights, batch: TokenBatch) -> None:
+        self.hooks = batch.hooks
+        self.variant = batch.variant
         self._weights = weights
-        self._sequences = party.sequences
-        self._waves = party.plan.waves
-        self._folder = party.folder
+        self._sequences = batch.sequences
+        self._waves = batch.plan.waves
+        self._folder = batch.folder
         # States of another division into waves do not fit; they go when the pass is done.
         division = fingerprint([list(wave) for wave in self._waves])[:8]
-        self.states = Activations(party.folder / f"{_STATES}{division}", len(self._waves))
+        self.states = Activations(batch.folder / f"{_STATES}{division}", len(self._waves))
         self._next = 0
         self._embedded = False
         # "cached" tells the runtime that it may wait for one block before it begins the next.
@@ -208,8 +218,8 @@ class _Pass:
         """How many waves there are."""
         return len(self._waves)
 
-    def begin(self) -> int:
-        """Return the layer to begin with: the first that not all waves have passed."""
+    def first_layer(self) -> int:
+        """Return the first layer that not all waves have passed."""
         passed = self.states.passed()
         self._embedded = passed is not None
         self._next = 0 if passed is None else passed + 1
@@ -224,20 +234,21 @@ class _Pass:
             hidden = (self.variant or self._weights).embed(tokens)
             save_arrays(self.states.path(-1, wave), {"hidden": hidden})
 
-    def attend(self, layer: Any, index: int, wave: int) -> _Turn | None:
+    def attend(self, layer: Any, index: int, wave: int) -> LayerStep | None:
         """Bring a wave through a layer's attention; None if there is nothing left to do."""
         if index < self._next or wave >= self.waves or self.states.has(index, wave):
             return None
         if self.variant:
-            layer = self.variant.own_layer(index, layer)
-        if self.watching:
-            self.watching.watch(layer, index)
+            layer = self.variant.variant_layer(index, layer)
+        if self.hooks:
+            self.hooks.attach(layer, index)
         before = load_arrays(self.states.path(index - 1, wave))
-        turn = self._attend(layer, index, before, self.members(wave))
-        if self.watching:
-            self.watching.leave()
+        step = self._attend(layer, index, before, self.members(wave))
+        if self.hooks:
+            self.hooks.detach()
+        # Freed buffers stay with MLX otherwise, and the next layer's come on top of them.
         mx.clear_cache()
-        return turn
+        return step
 
     def _attend(
         self,
@@ -245,18 +256,19 @@ class _Pass:
         index: int,
         before: dict[str, NDArray[Any]],
         members: Sequence[tuple[int, slice]],
-    ) -> _Turn:
-        """Do it, and what else of the layer needs no routed expert."""
+    ) -> LayerStep:
+        """Compute attention and whatever of the feed-forward needs no routed expert."""
         hidden: Floats = before["hidden"]
         normed = np.empty_like(hidden)
         schedule = self._weights.args.schedule
+        # Only a shared layer reads the selection; a full one makes its own.
         needed = index + 1 < len(schedule) and schedule[index + 1] == "shared"
         after: dict[str, NDArray[Any]] = {}
         for number, rows in members:
             name = f"topk.{number}"
-            given = mx.array(before[name])[None] if name in before else None
+            last_topk = mx.array(before[name])[None] if name in before else None
             x = mx.array(hidden[rows])[None]
-            out, topk = layer.self_attn(layer.input_layernorm(x), self._span, None, given)
+            out, topk = layer.self_attn(layer.input_layernorm(x), self._span, None, last_topk)
             middle = x + out
             hidden[rows] = np.array(middle[0])
             normed[rows] = np.array(layer.post_attention_layernorm(middle)[0])
@@ -265,30 +277,32 @@ class _Pass:
         mx.clear_cache()
         mlp = layer.mlp
         if not self._weights.args.sparse_layers[index]:
-            nobody = np.empty((len(hidden), 0), np.int64)
-            out = by_rows(mlp, normed)
-            return _Turn(self, hidden, normed, out, nobody, np.empty((0, 0), np.float32), after)
+            no_experts = np.empty((len(hidden), 0), np.int64)
+            no_shares = np.empty((0, 0), np.float32)
+            return LayerStep(
+                self, hidden, normed, by_rows(mlp, normed), no_experts, no_shares, after
+            )
         chosen, shares = route(mlp.gate, normed)
         shared = "shared_experts" in mlp
         out = by_rows(mlp.shared_experts, normed) if shared else np.zeros_like(normed)
-        return _Turn(self, hidden, normed, out, chosen, shares, after)
+        return LayerStep(self, hidden, normed, out, chosen, shares, after)
 
     def members(self, wave: int) -> list[tuple[int, slice]]:
         """Return each sequence of a wave and its rows in the wave's states."""
         members = self._waves[wave]
-        rows = _one_after_another([len(self._sequences[number]) for number in members])
+        rows = _consecutive_slices([len(self._sequences[number]) for number in members])
         return list(zip(members, rows, strict=True))
 
     def probe(
         self, index: int, before: dict[str, NDArray[Any]], members: Sequence[tuple[int, slice]]
     ) -> Floats:
         """Return the hidden states after a layer, and keep nothing."""
-        turn = self._attend(self._weights.layer(index), index, before, members)
-        chosen = [int(expert) for expert in np.unique(turn.chosen)]
+        step = self._attend(self._weights.layer(index), index, before, members)
+        chosen = [int(expert) for expert in np.unique(step.chosen)]
         for expert, matrices in self._weights.experts(index, chosen):
-            turn.meet(index, expert, matrices)
+            step.add_expert(index, expert, matrices)
         mx.clear_cache()
-        return turn.hidden + turn.out
+        return step.hidden + step.out
 
     def finish(self, last: int) -> list[Path]:
         """Write the final hidden states; returns their files."""
@@ -319,43 +333,43 @@ class LayerGap:
     added: float
 
 
-def layer_gap(weights: Weights, party: Party, index: int, sequences: int) -> LayerGap | None:
-    """Let some of a party's sequences pass a layer with other weights, from the states before it.
+def layer_gap(weights: Weights, batch: TokenBatch, index: int, sequences: int) -> LayerGap | None:
+    """Let some of a batch's sequences pass a layer with other weights, from the states before it.
 
     Args:
         weights: the other ones.
-        party: has passed the layer; its states before it must still be there.
+        batch: has passed the layer; its states before it must still be there.
         index: which layer.
         sequences: at most so many of the first wave, evenly spaced.
 
     Returns:
         How far it is; None where the states are gone.
     """
-    one = _Pass(weights, replace(party, watching=None))
-    if not (one.states.has(index - 1, 0) and one.states.has(index, 0)):
+    batch_pass = _Pass(weights, replace(batch, hooks=None))
+    if not (batch_pass.states.has(index - 1, 0) and batch_pass.states.has(index, 0)):
         return None
-    members = one.members(0)
+    members = batch_pass.members(0)
     members = members[:: -(-len(members) // sequences)]
-    before, after = (load_arrays(one.states.path(at, 0)) for at in (index - 1, index))
+    before, after = (load_arrays(batch_pass.states.path(at, 0)) for at in (index - 1, index))
     x, y = (np.concatenate([a["hidden"][rows] for _, rows in members]) for a in (before, after))
-    places = _one_after_another([rows.stop - rows.start for _, rows in members])
-    passed = one.probe(
+    places = _consecutive_slices([rows.stop - rows.start for _, rows in members])
+    passed = batch_pass.probe(
         index,
         before | {"hidden": x.copy()},
         [(number, place) for (number, _), place in zip(members, places, strict=True)],
     )
-    energies = (np.square(d, dtype=np.float64).sum() for d in (passed - y, y, y - x))
-    return LayerGap(len(y), *map(float, energies))
+    squares = (np.square(d, dtype=np.float64).sum() for d in (passed - y, y, y - x))
+    return LayerGap(len(y), *map(float, squares))
 
 
-def _one_after_another(lengths: Sequence[int]) -> list[slice]:
-    """Return where parts of some lengths lie in what they make together."""
+def _consecutive_slices(lengths: Sequence[int]) -> list[slice]:
+    """Return the slices of parts of some lengths within their concatenation."""
     ends = list(accumulate(lengths))
     return [slice(begin, end) for begin, end in zip([0, *ends], ends, strict=False)]
 
 
 def by_rows(module: Callable[[mx.array], mx.array], x: Floats) -> Floats:
-    """Apply a module to rows, some at a time; returns what it makes of them."""
+    """Apply a module to rows, `MLP_ROWS` at a time, and return its outputs."""
     parts = [
         np.array(module(mx.array(x[first : first + MLP_ROWS])))
         for first in range(0, len(x), MLP_ROWS)

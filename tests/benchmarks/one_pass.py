@@ -19,14 +19,14 @@ from pathlib import Path
 from typing import Any
 
 from glm_quant.build import Build, BuildSpec
-from glm_quant.calibration.own import calibrate_build, imatrix_folder
+from glm_quant.calibration.build_calibration import calibrate_build, imatrix_folder
 from glm_quant.data import tiny_glm_path
-from glm_quant.evaluation.divergence import reference_beside
+from glm_quant.evaluation.divergence import reference_batch
 from glm_quant.evaluation.token_set import make_token_set
 from glm_quant.memory import half_of_memory
 from glm_quant.quantize.convert import Conversion
 from glm_quant.quantize.plan import make_plan
-from glm_quant.streaming.forward import stream_together
+from glm_quant.streaming.forward import stream_batches
 from glm_quant.streaming.weights import SourceWeights
 from tests.hub_server import HubServer
 from tests.plain import PLAIN
@@ -77,9 +77,9 @@ def apart(spec: BuildSpec) -> None:
     calibrate_build(build.checkpoint, build.recipe, build.workspace, nothing)
     tokens = make_token_set(build.checkpoint, build.recipe.divergence)
     memory = half_of_memory() // 2
-    with reference_beside(build.checkpoint, tokens, build.workspace.divergence, memory) as party:
-        if party is not None:
-            stream_together(SourceWeights(build.checkpoint), [party])
+    with reference_batch(build.checkpoint, tokens, build.workspace.divergence, memory) as batch:
+        if batch is not None:
+            stream_batches(SourceWeights(build.checkpoint), [batch])
     plan = make_plan(build.checkpoint, build.recipe, imatrix_folder(build.workspace))
     convert(build, Conversion(build.checkpoint, plan, build.workspace))
 

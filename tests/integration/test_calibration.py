@@ -1,4 +1,4 @@
-"""Calibration: the energies are those of the inputs, and `search` converts with them."""
+"""Calibration: importance is that of the inputs, and `search` converts with them."""
 
 import json
 import shutil
@@ -64,8 +64,8 @@ def folder(source: Checkpoint, text: Path, tmp_path_factory: pytest.TempPathFact
     return output
 
 
-def test_energies_are_those_of_the_inputs(source: Checkpoint, text: Path, folder: Path) -> None:
-    """Energies equal those of a whole layer that runs by itself on the same embeddings."""
+def test_importance_is_that_of_the_inputs(source: Checkpoint, text: Path, folder: Path) -> None:
+    """Importance equals that of a whole layer that runs by itself on the same embeddings."""
     weights = SourceWeights(source)
     batch = token_set(source, text).sequences
     layer = weights.layer(0)
@@ -81,9 +81,9 @@ def test_energies_are_those_of_the_inputs(source: Checkpoint, text: Path, folder
         expected, _ = importances(
             (met.astype(np.float64) ** 2).sum(0)[None], np.array([len(met)]), 1
         )
-        energy = imatrix.energy(f"model.layers.0.{path}")
-        assert energy is not None
-        found = energy.of_rows(0, 1, 64)
+        importance = imatrix.importance(f"model.layers.0.{path}")
+        assert importance is not None
+        found = importance.of_rows(0, 1, 64)
         np.testing.assert_allclose(found, expected, rtol=1e-4)
 
 
@@ -121,12 +121,12 @@ def test_interrupted_pass_goes_on(
 def test_thin_units_have_the_mean_of_all() -> None:
     """Of three experts one met nothing: it gets the tokens' mean; all rows have mean 1."""
     sums = np.array([[40.0, 120.0], [0.0, 0.0], [10.0, 0.0]])
-    energies, thin = importances(sums, np.array([40, 0, 40]), 32)
+    importance, thin = importances(sums, np.array([40, 0, 40]), 32)
     assert thin == 1
-    np.testing.assert_allclose(energies[0], [0.5, 1.5])
-    np.testing.assert_allclose(energies[1], [2 * 50 / 170, 2 * 120 / 170])
-    assert energies[2, 1] > 0  # no column's error is free
-    np.testing.assert_allclose(energies.mean(axis=1), 1, rtol=1e-6)
+    np.testing.assert_allclose(importance[0], [0.5, 1.5])
+    np.testing.assert_allclose(importance[1], [2 * 50 / 170, 2 * 120 / 170])
+    assert importance[2, 1] > 0  # no column's error is free
+    np.testing.assert_allclose(importance.mean(axis=1), 1, rtol=1e-6)
 
 
 def recipe(folder: Path, imatrix: str | None) -> Path:
@@ -202,7 +202,7 @@ def test_gptq_converts_with_it(folder: Path, factors: Path, tmp_path: Path) -> N
     checked = verify(tmp_path / "build", tiny_glm_path(), samples=20)
     assert checked.rederived_blocks == 20
     path.write_text(path.read_text().replace(str(factors), str(folder)))
-    with pytest.raises(RecipeError, match=r"energies alone, .* `glm-quant calibrate --factors`"):
+    with pytest.raises(RecipeError, match=r"importance alone, .* `glm-quant calibrate --factors`"):
         open_conversion(tiny_glm_path(), str(path), tmp_path / "other")
 
 

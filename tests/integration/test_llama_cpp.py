@@ -69,9 +69,9 @@ def test_ours_reads_back_by_llama_cpp_s_reader(ours: Path, tmp_path: Path) -> No
             spelled = spelled.replace(mine, other)
         name = f"{names.get_name(spelled)}.weight"
         squares, counts = arrays.pop(f"{name}.in_sum2"), arrays.pop(f"{name}.counts")
-        energy = imatrix.energy(path)
-        assert energy is not None
-        expected = energy.of_rows(0, weight.units, weight.units)
+        importance = imatrix.importance(path)
+        assert importance is not None
+        expected = importance.of_rows(0, weight.units, weight.units)
         assert counts.shape == (len(squares), 1)
         np.testing.assert_allclose(
             squares / counts, np.broadcast_to(expected, squares.shape), rtol=1e-6
@@ -89,11 +89,11 @@ def test_round_trip(ours: Path, tmp_path: Path) -> None:
     before, after = Imatrix.open(ours), Imatrix.open(tmp_path / "back")
     assert set(before.record.weights) == set(after.record.weights)
     for path in before.record.weights:
-        one, two = before.energy(path), after.energy(path)
+        one, two = before.importance(path), after.importance(path)
         assert one is not None
         assert two is not None
         if ".switch_mlp." in path:
-            continue  # thin experts have the mean of their layer's energies, not of its sums
+            continue  # thin experts have the mean of their layer's importance, not of its sums
         expected = one.of_rows(0, one.units, one.units)
         made = two.of_rows(0, two.units, two.units)
         np.testing.assert_allclose(made, np.broadcast_to(expected, made.shape), rtol=1e-5)
@@ -111,9 +111,9 @@ def test_a_file_of_llama_cpp_becomes_a_folder(tmp_path: Path) -> None:
     down = "model.layers.1.mlp.switch_mlp.down_proj"
     assert set(imatrix.record.weights) == {down, "model.layers.1.self_attn.q_a_proj"}
     assert imatrix.record.weights[down].thin == 1
-    energy = imatrix.energy(down)
-    assert energy is not None
-    values = energy.of_rows(0, EXPERTS, EXPERTS)
+    importance = imatrix.importance(down)
+    assert importance is not None
+    values = importance.of_rows(0, EXPERTS, EXPERTS)
     squares = next(
         tensor.data
         for tensor in gguf.GGUFReader(file).tensors

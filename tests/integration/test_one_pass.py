@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from glm_quant.build import Build, BuildSpec
-from glm_quant.calibration.own import imatrix_folder
+from glm_quant.calibration.build_calibration import imatrix_folder
 from glm_quant.calibration.texts import calibration_set
 from glm_quant.checkpoint.index import INDEX_NAME
 from glm_quant.data import tiny_glm_path

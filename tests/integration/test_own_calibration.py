@@ -8,11 +8,11 @@ from typer.testing import CliRunner
 
 from flows.cli.main import app
 from glm_quant.build import Build, BuildSpec
-from glm_quant.calibration.own import CalibrationRecord, imatrix_folder, record_path
+from glm_quant.calibration.build_calibration import CalibrationRecord, imatrix_folder, record_path
 from glm_quant.calibration.texts import calibration_texts
 from glm_quant.data import held_out_text, items_path, tiny_glm_path
 from glm_quant.errors import IntegrityError, RecipeError, RunError
-from glm_quant.evaluation.divergence import reference_beside
+from glm_quant.evaluation.divergence import reference_batch
 from glm_quant.evaluation.token_set import make_token_set, read_texts
 from glm_quant.fit.text import fit_texts
 from glm_quant.quantize.command import open_conversion, workspace_beside
@@ -22,7 +22,7 @@ from glm_quant.settings import CalibrationSettings, DivergenceSettings
 from glm_quant.stages.calibrate import CalibrateStage
 from glm_quant.stages.plan import PlanStage
 from glm_quant.stages.quantize import QuantizeStage
-from glm_quant.streaming.forward import stream_together
+from glm_quant.streaming.forward import stream_batches
 from glm_quant.streaming.weights import SourceWeights
 from tests.plain import PLAIN
 
@@ -137,11 +137,11 @@ def test_one_walk_serves_the_divergence_too(converted: Path, tmp_path: Path) -> 
         assert (imatrix_folder(build.workspace) / path.name).read_bytes() == path.read_bytes()
     settings = build.recipe.divergence
     tokens = make_token_set(build.checkpoint, settings)
-    with reference_beside(build.checkpoint, tokens, build.workspace.divergence, 1 << 32) as party:
-        assert party is None  # it stands
-    with reference_beside(build.checkpoint, tokens, tmp_path, 1 << 32) as party:
-        assert party is not None
-        stream_together(SourceWeights(build.checkpoint), [party])
+    with reference_batch(build.checkpoint, tokens, build.workspace.divergence, 1 << 32) as batch:
+        assert batch is None  # it stands
+    with reference_batch(build.checkpoint, tokens, tmp_path, 1 << 32) as batch:
+        assert batch is not None
+        stream_batches(SourceWeights(build.checkpoint), [batch])
     (made,) = build.workspace.divergence.glob("reference-*")
     names = {path.name for path in made.glob("sequence-*")}
     assert names == {f"sequence-{i:04d}.safetensors" for i in range(len(tokens.sequences))}
@@ -162,7 +162,7 @@ def test_planning_asks_for_nothing(tmp_path: Path) -> None:
 
 
 def test_search_calibrates_where_it_is_told_to(tmp_path: Path) -> None:
-    """`search` has energies where `calibration` is given, and none where it is not."""
+    """`search` has importance where `calibration` is given, and none where it is not."""
     plain = Path(PLAIN).read_text()
     assert load_recipe(PLAIN).own_calibration is None
     recipe = parse_recipe(plain + SMALL, "r.yaml")

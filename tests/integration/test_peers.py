@@ -16,7 +16,7 @@ from glm_quant.errors import EvaluationError, RecipeError
 from glm_quant.evaluation import harness as our_harness
 from glm_quant.evaluation.evaluate import evaluate, require_measurable
 from glm_quant.evaluation.harness import write_task
-from glm_quant.evaluation.peers import measure_peer_perplexity
+from glm_quant.evaluation.mlx_lm_protocols import measure_peer_perplexity
 from glm_quant.evaluation.perplexity import digest_text
 from glm_quant.evaluation.records import EvaluationRecord
 from glm_quant.recipe import load_recipe

@@ -138,6 +138,7 @@ def test_a_killed_comparison_is_an_error_and_goes_on_at_its_layer(
 
 def test_parity_takes_no_memory_of_the_flow(stage: DivergenceStage) -> None:
     """What it loads is gone when it ends; its progress and its log come through, layer by layer."""
+    stage.build.workspace.records.joinpath("parity.json").unlink(missing_ok=True)
     flow = start_parity(stage)
     printed, logged = flow.communicate(timeout=300)
     assert flow.returncode == 0, logged
@@ -150,6 +151,7 @@ def test_parity_takes_no_memory_of_the_flow(stage: DivergenceStage) -> None:
 
 def test_a_killed_flow_leaves_no_process(stage: DivergenceStage) -> None:
     """Not even the system's kill leaves one behind that holds the weights."""
+    stage.build.workspace.records.joinpath("parity.json").unlink(missing_ok=True)
     flow = start_parity(stage)
     assert flow.stdout is not None
     child = int(flow.stdout.readline())

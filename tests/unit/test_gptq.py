@@ -142,15 +142,15 @@ def cost_of(errors: np.ndarray, weights: np.ndarray, factor: np.ndarray) -> np.n
 
 @given(st.integers(1, 5), st.sampled_from([8, 70]), st.sampled_from([2, 3, 6]), st.booleans())
 def test_rows_do_not_depend_on_their_neighbours(
-    seed: int, rows: int, bits: int, loud: bool
+    seed: int, rows: int, bits: int, weighted: bool
 ) -> None:
-    """Any division into blocks gives the same bytes, and each unit has its own energies."""
+    """Any division into blocks gives the same bytes, and each unit has its own importance."""
     rng = np.random.default_rng(seed)
     units = 2
     stored = from_float32(rng.standard_t(4, (units * rows, 64)).astype(np.float32), "BF16")
     inputs = rng.normal(size=(200, 64)) @ rng.normal(size=(64, 64))
     factor = cholesky_factor(inputs.T @ inputs, len(inputs))
-    energy = rng.uniform(0.5, 2, (units, 64)).astype(np.float32) if loud else None
+    energy = rng.uniform(0.5, 2, (units, 64)).astype(np.float32) if weighted else None
     whole = quantize_gptq(stored, "BF16", bits, 32, factor, energy)
     for unit in range(units):
         part = slice(unit * rows, (unit + 1) * rows)
@@ -170,8 +170,8 @@ def pinned_digest(bits: int, size: int) -> str:
     factor += np.diag(np.arange(384, dtype=np.float32) % 3 / 4 + 1)
     energy = (raw[: 3 * 384].astype(np.float32) / np.float32(2**33) + 1).reshape(3, 384)
     digest = hashlib.sha256()
-    for loud in (None, energy):
-        for array in quantize_gptq(weights, "BF16", bits, size, factor, loud):
+    for importance in (None, energy):
+        for array in quantize_gptq(weights, "BF16", bits, size, factor, importance):
             digest.update(array.tobytes())
     return digest.hexdigest()
 

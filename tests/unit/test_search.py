@@ -106,8 +106,8 @@ def test_gains_what_the_field_measures(bits: int, gain: float) -> None:
     assert found.sum() < plain.sum() * (1 - gain)
 
 
-def test_energy_moves_the_error_to_quiet_columns() -> None:
-    """Columns that meet loud inputs get smaller errors than without their energies, by unit."""
+def test_importance_moves_the_error_to_other_columns() -> None:
+    """Columns of important inputs get smaller errors than without their importance, by unit."""
     weights = normal()
     energy = np.ones((2, 256), np.float32)
     energy[0, ::8], energy[1, 1::8] = 20, 20

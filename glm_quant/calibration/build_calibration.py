@@ -18,7 +18,7 @@ from glm_quant.checkpoint.imatrix import RECORD_NAME
 from glm_quant.checkpoint.reader import Checkpoint
 from glm_quant.checkpoint.source import FolderSource
 from glm_quant.errors import RecipeError
-from glm_quant.evaluation.divergence import reference_beside, reference_key
+from glm_quant.evaluation.divergence import reference_batch, reference_key
 from glm_quant.evaluation.perplexity import digest_text
 from glm_quant.evaluation.token_set import make_token_set
 from glm_quant.fingerprint import Canonical, fingerprint
@@ -26,7 +26,7 @@ from glm_quant.memory import half_of_memory
 from glm_quant.quantize.convert import Conversion, Progress
 from glm_quant.recipe import Recipe
 from glm_quant.settings import CalibrationSettings
-from glm_quant.streaming.forward import Party
+from glm_quant.streaming.forward import TokenBatch
 from glm_quant.workspace import Workspace
 
 STAGE = "calibrate"
@@ -43,7 +43,7 @@ class CalibrationRecord(Record):
         experts: routed experts of all layers.
         thin: of them met too few tokens and have their layer's mean instead.
         unseen: of them met none.
-        weights: how many weights have energies.
+        weights: how many weights have importance.
         factors: how many files of factors there are.
         layers: what quantizing each layer did to its output, where one pass converted too.
     """
@@ -145,12 +145,12 @@ def calibrate_build(
     require_apart(recipe, settings)
     tokens = calibration_set(checkpoint, settings)
     folder = imatrix_folder(workspace)
-    # What one wave takes must not depend on who walks along: rounding does, and so do bytes.
+    # Waves must not depend on whether another batch passes too: sums are rounded wave by wave, so
+    # another division would change the importance, and with it the build's bytes.
     memory = (settings.memory_bytes or half_of_memory()) // 2
-    with (
-        _reference(checkpoint, recipe, workspace, memory) if reference else nullcontext() as party,
-        one_pass(checkpoint, recipe, converting) if converting else nullcontext() as encoder,
-    ):
+    divergence = _reference(checkpoint, recipe, workspace, memory) if reference else nullcontext()
+    conversion = one_pass(checkpoint, recipe, converting) if converting else nullcontext()
+    with divergence as extra_batch, conversion as encoder:
         made = calibrate(
             checkpoint,
             tokens,
@@ -158,8 +158,8 @@ def calibrate_build(
             factors=recipe.wants_factors,
             memory_bytes=memory,
             progress=progress,
-            beside=party,
-            converting=encoder,
+            extra_batch=extra_batch,
+            encoder=encoder,
         )
     counts = [count for layer in made.coverage.values() for count in layer]
     inside = folder.relative_to(workspace.root)
@@ -180,10 +180,10 @@ def calibrate_build(
 
 def _reference(
     checkpoint: Checkpoint, recipe: Recipe, workspace: Workspace, memory_bytes: int
-) -> AbstractContextManager[Party | None]:
+) -> AbstractContextManager[TokenBatch | None]:
     settings = recipe.divergence
     folder = Path(settings.references).expanduser() if settings.references else None
-    return reference_beside(
+    return reference_batch(
         checkpoint,
         make_token_set(checkpoint, settings),
         folder or workspace.divergence,
