@@ -14,8 +14,10 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import IO
 
+from glm_quant.artifact import disk_errors_named
 from glm_quant.children import end_child, end_with_parent, note_child
 from glm_quant.errors import ServiceError
 
@@ -30,12 +32,21 @@ def start_server() -> Callable[[], None]:
 
     Returns:
         What waits until the server answers; it raises ServiceError when the server does not start.
+
+    Raises:
+        OutputError: PREFECT_HOME, where the server keeps its database, cannot be written.
     """
+    home = Path(os.environ.get("PREFECT_HOME") or "~/.prefect").expanduser()
+    if not os.environ.get("PREFECT_API_URL"):
+        with disk_errors_named(home):
+            home.mkdir(parents=True, exist_ok=True)
     from prefect.context import refresh_global_settings_context
     from prefect.settings import PREFECT_API_URL
 
     if PREFECT_API_URL.value():
         return lambda: None
+    with disk_errors_named(home):
+        tempfile.TemporaryFile(dir=home).close()
     words: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115 - the server's, as long as it runs
     with socket.create_server(("127.0.0.1", 0)) as listener:
         address = f"http://127.0.0.1:{listener.getsockname()[1]}/api"

@@ -18,7 +18,7 @@ from typing import Self
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from glm_quant.errors import DiskSpaceError, IntegrityError
+from glm_quant.errors import DiskSpaceError, GlmQuantError, IntegrityError, OutputError
 
 _BLOCK = 8 << 20
 # What a file is called until it is whole: see `_temporary`.
@@ -220,3 +220,39 @@ def full_disk_named(folder: Path) -> Generator[None]:
             f"{folder}: the disk is full ({error.strerror}; {free / 1e9:,.2f} GB free). What is "
             "finished is kept; make room and run the same command again."
         ) from None
+
+
+@contextmanager
+def disk_errors_named(folder: Path | None = None) -> Generator[None]:
+    """Turn a refusal of the disk, of any write in the block, into a message.
+
+    Args:
+        folder: what was to be written, where the system's error names no file.
+
+    Raises:
+        OutputError: the disk is read-only, or this user may not write there.
+        DiskSpaceError: the disk, or the quota, is full.
+    """
+    try:
+        yield
+    except OSError as error:
+        message = disk_error(error, folder)
+        if message is None:
+            raise
+        raise message from error
+
+
+def disk_error(error: OSError, folder: Path | None = None) -> GlmQuantError | None:
+    """Return the message of a refusal of the disk, or None for any other error."""
+    place = f"{error.filename or folder or 'a file'}: "
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return DiskSpaceError(
+            f"{place}the disk is full ({error.strerror}). What is finished is kept; make room and "
+            "run the same command again."
+        )
+    if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM) and (error.filename or folder):
+        return OutputError(
+            f"{place}the system does not let this user write or read here ({error.strerror}). "
+            "Choose another folder, or change its permissions; the same command then goes on."
+        )
+    return None

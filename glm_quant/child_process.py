@@ -21,7 +21,7 @@ from typing import Any, Generic, TypeVar, cast, get_type_hints
 from pydantic import BaseModel, ConfigDict
 
 from glm_quant import errors
-from glm_quant.artifact import write_atomic
+from glm_quant.artifact import disk_errors_named, write_atomic
 from glm_quant.children import end_child, end_with_parent, note_child
 from glm_quant.errors import GlmQuantError
 from glm_quant.model.precision import users_environment
@@ -164,8 +164,9 @@ def _child(function: str, input_path: Path, output_path: Path) -> None:
     answer = cast("Callable[[Any, Progress], BaseModel]", getattr(import_module(module), name))
     request_type: type[BaseModel] = next(iter(get_type_hints(answer).values()))
     try:
-        request = request_type.model_validate_json(input_path.read_bytes())
-        result = answer(request, lambda done, total: _send({"done": done, "total": total}))
+        with disk_errors_named():
+            request = request_type.model_validate_json(input_path.read_bytes())
+            result = answer(request, lambda done, total: _send({"done": done, "total": total}))
     except GlmQuantError as error:
         failure = _Failure(kind=type(error).__name__, message=str(error), may_pass=error.may_pass)
         write_atomic(_failure_path(output_path), failure.model_dump_json().encode())

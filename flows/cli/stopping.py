@@ -8,6 +8,7 @@ second ^C. This is safe at any moment: a run that is killed goes on from what is
 """
 
 import contextlib
+import logging
 import os
 import select
 import shlex
@@ -48,6 +49,8 @@ class _Stop:
     def note(self, number: int) -> None:
         if self.number is None:
             self.number = number
+            # A thread that fetches may log a last line when Prefect takes no more of them.
+            logging.raiseExceptions = False
         self._leave_closed_terminal()
 
     def handle(self, number: int, _: FrameType | None) -> None:

@@ -12,6 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from flows.cli.log_lines import warnings_shown
+from glm_quant.artifact import disk_errors_named
 from glm_quant.errors import GlmQuantError
 from glm_quant.fit.record import FitResult
 from glm_quant.status import WorkspaceStatus
@@ -32,7 +33,7 @@ def errors_in_one_screen(verbose: bool = False) -> Generator[None]:
     With `verbose` the log itself is shown, warnings and all.
     """
     try:
-        with nullcontext() if verbose else warnings_shown(ERRORS):
+        with nullcontext() if verbose else warnings_shown(ERRORS), disk_errors_named():
             yield
     except GlmQuantError as error:
         if verbose:

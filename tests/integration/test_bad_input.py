@@ -310,6 +310,42 @@ def in_small_disk(folder: Path, size: str, *command: str) -> subprocess.Complete
     )
 
 
+def in_read_only_disk(
+    folder: Path, *command: str, prefect_home: Path
+) -> subprocess.CompletedProcess[str]:
+    """Run a command while `folder` is an empty disk that cannot be written (its own namespace)."""
+    script = 'mount -t tmpfs -o size=1m tmpfs "$0" && mount -o remount,ro "$0" && exec "$@"'
+    return subprocess.run(
+        ["unshare", "-rm", "sh", "-c", script, str(folder), *command],
+        env=os.environ | {"PREFECT_HOME": str(prefect_home), "PREFECT_API_URL": ""},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+@pytest.mark.parametrize("what", ["workspace", "output", "PREFECT_HOME"])
+def test_read_only_disk(small: Path, tmp_path: Path, what: str) -> None:
+    """One sentence with the path, and exit code 2, before anything is started."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if shutil.which("unshare") is None or in_small_disk(disk, "1m", "true").returncode:
+        pytest.skip("no read-only disk can be mounted here")
+    home = disk if what == "PREFECT_HOME" else tmp_path
+    arguments = {
+        "workspace": ["run", PLAIN, "--workspace", str(disk / "work")],
+        "output": ["convert", "--recipe", PLAIN, "--output", str(disk / "build")],
+        "PREFECT_HOME": ["run", PLAIN, "--workspace", str(tmp_path / "work")],
+    }[what]
+    command = [COMMAND, *arguments, "--source", str(small)]
+    refusal = in_read_only_disk(disk, *command, prefect_home=home / "prefect")
+    assert refusal.returncode == 2, refusal.stderr
+    assert refusal.stderr.startswith(f"OutputError {disk}/"), refusal.stderr
+    assert "does not let this user write or read here (Read-only file system)" in refusal.stderr
+    assert "Choose another folder" in refusal.stderr
+    assert len(refusal.stderr.splitlines()) == 1
+
+
 def test_disk_that_fills_up(small: Path, tmp_path: Path, good_output: dict[str, str]) -> None:
     """A disk that fills up on the way is named; with more room the same command goes on.
 
