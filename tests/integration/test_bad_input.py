@@ -19,6 +19,7 @@ from typer.testing import CliRunner
 from flows.cli.main import app
 from glm_quant.checkpoint.index import INDEX_NAME
 from glm_quant.checkpoint.reader import Checkpoint
+from tests.hub_server import HubServer
 from tests.plain import PLAIN
 
 from ..conftest import Edit
@@ -433,3 +434,33 @@ def test_status_of_nothing(tmp_path: Path) -> None:
     """A folder in which nothing was planned is bad input."""
     said = refused("status", tmp_path, code=2)
     assert "nothing was planned here yet" in said
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error"),
+    [
+        (["run", "no-such-recipe"], "RecipeError no-such-recipe: there is no such recipe"),
+        (["run", PLAIN, "--source", "/no/such/folder"], "SourceError /no/such/folder"),
+        (["run", PLAIN, "--source", "hf://org/none"], "SourceError"),
+    ],
+)
+def test_run_judges_its_input_before_a_server(
+    tmp_path: Path, arguments: list[str], error: str
+) -> None:
+    """What cannot be made ends with exit code 2, and Prefect was not even asked for a database."""
+    with HubServer() as hub:
+        refusal = subprocess.run(
+            [COMMAND, *arguments, "--workspace", str(tmp_path / "work")],
+            env=os.environ
+            | {
+                "PREFECT_HOME": str(tmp_path / "prefect"),
+                "PREFECT_API_URL": "",
+                "HF_ENDPOINT": hub.url,
+            },
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+    assert refusal.returncode == 2, refusal.stderr
+    assert refusal.stderr.startswith(error), refusal.stderr
+    assert not (tmp_path / "prefect").exists()
