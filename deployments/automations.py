@@ -14,7 +14,7 @@ from prefect.events.schemas.events import ResourceSpecification
 from prefect.settings import get_current_settings
 
 # A heartbeat thread that waits behind a busy machine is late, not dead: five in a row must miss.
-_MISSED = 5
+_MISSED_HEARTBEATS = 5
 
 
 def silent_runs(within: timedelta) -> AutomationCore:
@@ -53,7 +53,7 @@ def tagged(tag: str) -> ResourceSpecification:
 def install_automation() -> None:
     """Make the automation if it is missing."""
     frequency = get_current_settings().flows.heartbeat_frequency or 60
-    wanted = silent_runs(timedelta(seconds=_MISSED * frequency))
+    automation = silent_runs(timedelta(seconds=_MISSED_HEARTBEATS * frequency))
     with get_client(sync_client=True) as client:
-        if not client.read_automations_by_name(wanted.name):
-            client.create_automation(wanted)
+        if not client.read_automations_by_name(automation.name):
+            client.create_automation(automation)

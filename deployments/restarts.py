@@ -4,7 +4,7 @@ After a power cut, or a worker that was stopped, the server has no way to know: 
 `Running` for ever, hold its place in the queue, and could not be retried. One machine serves a
 pool, so at its start a run of the pool lives here, having outlived its worker, or is dead.
 
-Restarts are looked for, not triggered by the event of the crash: Prefect 3.8 reports a crash twice,
+Restarts are looked for, not triggered by the event of the crash: Prefect reports a crash twice,
 seconds apart, and the second report would end the run that is starting again.
 """
 
@@ -38,24 +38,24 @@ RESTART_TAG = "auto-restart"
 RESTART_MESSAGE = "The run crashed and starts again by itself."
 _UNFINISHED = [StateType.RUNNING, StateType.PENDING, StateType.CANCELLING]
 # Nobody wants a run to come back that crashed long ago.
-_FORGOTTEN = timedelta(days=1)
+_TOO_OLD = timedelta(days=1)
 _SECONDS_BETWEEN_LOOKS = 5.0
 _PAGE = 200
 
-_log = logging.getLogger("glm_quant.keeper")
+_log = logging.getLogger("glm_quant.restarts")
 
 
 def mark_dead(pool: str) -> list[str]:
     """Mark the pool's dead runs as crashed, before its worker starts; returns a line for each."""
-    said: list[str] = []
+    lines: list[str] = []
     with get_client(sync_client=True) as client:
         for run in _runs(client, pool, _UNFINISHED):
-            why = _why_dead(run)
-            if why:
-                client.set_flow_run_state(run.id, Crashed(message=why), force=True)
+            cause = _cause_of_death(run)
+            if cause:
+                client.set_flow_run_state(run.id, Crashed(message=cause), force=True)
                 mark_dead_tasks(client, run.id)
-                said.append(f"{run.name}: {why}")
-    return said
+                lines.append(f"{run.name}: {cause}")
+    return lines
 
 
 def keep_restarting(pool: str) -> None:
@@ -74,10 +74,10 @@ def restart_crashed(pool: str, calm_seconds: float) -> list[str]:
             age = datetime.now(UTC) - run.state.timestamp
             states = client.read_flow_run_states(run.id)
             allowed = run.parameters.get("spec", {}).get("restarts", DEFAULT_RESTARTS)
-            quiet = timedelta(seconds=calm_seconds) < age < _FORGOTTEN
+            quiet = timedelta(seconds=calm_seconds) < age < _TOO_OLD
             if quiet and automatic_starts(states) < allowed:
-                again = AwaitingRetry(message=RESTART_MESSAGE)
-                client.set_flow_run_state(run.id, again, force=True)
+                state = AwaitingRetry(message=RESTART_MESSAGE)
+                client.set_flow_run_state(run.id, state, force=True)
                 names.append(run.name)
     return names
 
@@ -138,7 +138,7 @@ def _runs(
     )
 
 
-def _why_dead(run: FlowRun) -> str | None:
+def _cause_of_death(run: FlowRun) -> str | None:
     """Return why a run must be dead, or None if it lives or lives elsewhere."""
     if not run.infrastructure_pid:
         return "The worker ended before the run's process began."

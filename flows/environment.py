@@ -10,6 +10,8 @@ _DEFAULTS = {
     # The first start on a fresh PREFECT_HOME migrates its database: more than the default 20 s.
     "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "180",
     "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+    # Prefect's client reports its first import, from a terminal, to a service of its makers.
+    "DO_NOT_TRACK": "1",
     "PREFECT_CLIENT_MAX_RETRIES": "10",
     # With the setting alone INFO lines of our loggers are lost: `prepare` sets their level too.
     "PREFECT_LOGGING_EXTRA_LOGGERS": "glm_quant",
@@ -31,10 +33,21 @@ _SERVICE = {
 HOME_VARIABLE = "GLM_QUANT_HOME"
 
 
+def _spare_this_machine_the_proxy() -> None:
+    """Let no proxy come between Prefect and a server on this machine.
+
+    Prefect's websockets take HTTPS_PROXY even for these, and no run starts without them.
+    """
+    names = os.environ.get("no_proxy") or os.environ.get("NO_PROXY") or ""
+    hosts = [*filter(None, names.split(",")), "127.0.0.1", "localhost"]
+    os.environ["no_proxy"] = os.environ["NO_PROXY"] = ",".join(dict.fromkeys(hosts))
+
+
 def prepare(verbose: bool = False) -> None:
     """Set the defaults. Unless `verbose`, the terminal belongs to the summary, not to log lines."""
     for key, value in _DEFAULTS.items():
         os.environ.setdefault(key, value)
+    _spare_this_machine_the_proxy()
     if not verbose:
         os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "CRITICAL")
         os.environ.setdefault("PREFECT_SERVER_LOGGING_LEVEL", "CRITICAL")

@@ -104,6 +104,9 @@ def _serve(descriptor: int) -> None:
     """Be the server, on a socket that listens already, until the parent is gone."""
     import uvicorn
 
+    from flows.database import wait_for_locks
+
+    wait_for_locks()
     config = uvicorn.Config(
         "prefect.server.api.server:create_app", factory=True, log_level="error", lifespan="on"
     )

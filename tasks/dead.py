@@ -18,9 +18,9 @@ _MESSAGE = "The process that worked on it died."
 
 def mark_dead_tasks(client: SyncPrefectClient, run: UUID) -> None:
     """Mark a run's unfinished tasks as crashed. To be called when no process works on it."""
-    running = TaskRunFilterStateType(any_=[StateType.RUNNING, StateType.PENDING])
-    for dead in client.read_task_runs(
+    unfinished = TaskRunFilterStateType(any_=[StateType.RUNNING, StateType.PENDING])
+    for task_run in client.read_task_runs(
         flow_run_filter=FlowRunFilter(id=FlowRunFilterId(any_=[run])),
-        task_run_filter=TaskRunFilter(state=TaskRunFilterState(type=running)),
+        task_run_filter=TaskRunFilter(state=TaskRunFilterState(type=unfinished)),
     ):
-        client.set_task_run_state(dead.id, Crashed(message=_MESSAGE), force=True)
+        client.set_task_run_state(task_run.id, Crashed(message=_MESSAGE), force=True)

@@ -21,6 +21,7 @@ from glm_quant.stages.base import Stage
 from glm_quant.stages.quantize import QuantizeStage
 
 _log = logging.getLogger("glm_quant.progress")
+# Each update is a write to the server's database, which all runs, the worker and the UI share.
 _SECONDS_BETWEEN_UPDATES = 5.0
 # How long the last update may take at the end of a run.
 _LAST_SECONDS = 10.0
@@ -38,10 +39,10 @@ class _Silent:
 watcher: Watcher = _Silent()
 
 
-def watch(new: Watcher) -> None:
-    """Send progress of every stage in this process to `new`."""
+def watch(replacement: Watcher) -> None:
+    """Send progress of every stage in this process to a watcher."""
     global watcher
-    watcher = new
+    watcher = replacement
 
 
 class Board:
@@ -82,7 +83,7 @@ class Board:
         self._latest = percent, f"stopped in {last}: {type(error).__name__}"
 
     def close(self) -> None:
-        """Send what is left to say, but do not wait for ever."""
+        """Send the last figures, within `_LAST_SECONDS`."""
         self._closing.set()
         self._changed.set()
         self._thread.join(_LAST_SECONDS)
@@ -111,8 +112,8 @@ class Board:
     def _best_effort(self, percent: float, text: str) -> None:
         try:
             if self._artifact is None:
-                made = create_progress_artifact(percent, key=ARTIFACT_KEY, description=text)
-                self._artifact = made if isinstance(made, UUID) else None
+                artifact = create_progress_artifact(percent, key=ARTIFACT_KEY, description=text)
+                self._artifact = artifact if isinstance(artifact, UUID) else None
             else:
                 update_progress_artifact(self._artifact, percent, description=text)
         except Exception as error:

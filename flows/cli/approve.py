@@ -6,25 +6,29 @@ from uuid import UUID
 
 import typer
 
+from flows.api_address import connect
 from flows.cli.terminal import errors_in_one_screen
+from flows.environment import prepare
 from glm_quant.errors import InputError
 
 
 def approve(
-    what: Annotated[str, typer.Argument(help="Name or id of a waiting run, or a workspace.")],
+    place: Annotated[str, typer.Argument(help="Name or id of a waiting run, or a workspace.")],
     reject: Annotated[bool, typer.Option(help="Say no instead.")] = False,
     note: Annotated[str, typer.Option(help="Why, for the record.")] = "",
 ) -> None:
     """Let a build be published that waits for a person's word."""
     with errors_in_one_screen():
-        if Path(what).is_dir():
+        if Path(place).is_dir():
             from glm_quant.stages.approval import give_word
             from glm_quant.workspace import Workspace
 
-            give_word(Workspace(Path(what).absolute()), not reject, note)
-            typer.echo(f"{what}: recorded. The next run goes on from here.")
+            give_word(Workspace(Path(place).absolute()), not reject, note)
+            typer.echo(f"{place}: recorded. The next run goes on from here.")
             return
-        run = _waiting_run(what)
+        prepare()
+        connect()
+        run = _waiting_run(place)
         from prefect.flow_runs import resume_flow_run
 
         answer = {"approve": not reject, "note": note}
@@ -32,7 +36,7 @@ def approve(
         typer.echo(f"{run.name}: goes on.")
 
 
-def _waiting_run(what: str) -> Any:
+def _waiting_run(name: str) -> Any:
     """Return the one run with this name or id that waits.
 
     Raises:
@@ -50,15 +54,14 @@ def _waiting_run(what: str) -> Any:
 
     waits = FlowRunFilterState(type=FlowRunFilterStateType(any_=[StateType.PAUSED]))
     try:
-        wanted = FlowRunFilter(state=waits, id=FlowRunFilterId(any_=[UUID(what)]))
+        criteria = FlowRunFilter(state=waits, id=FlowRunFilterId(any_=[UUID(name)]))
     except ValueError:
-        wanted = FlowRunFilter(state=waits, name=FlowRunFilterName(any_=[what]))
+        criteria = FlowRunFilter(state=waits, name=FlowRunFilterName(any_=[name]))
     with get_client(sync_client=True) as client:
-        found = client.read_flow_runs(flow_run_filter=wanted)
-    if len(found) != 1:
-        ids = "".join(f"\n  {run.id}" for run in found)
+        runs = client.read_flow_runs(flow_run_filter=criteria)
+    if len(runs) != 1:
+        ids = "".join(f"\n  {run.id}" for run in runs)
         raise InputError(
-            f"{what}: {len(found)} runs of this name or id wait for a word; give the id of one."
-            f"{ids}"
+            f"{name}: {len(runs)} runs of this name or id wait for a word; give the id of one.{ids}"
         )
-    return found[0]
+    return runs[0]

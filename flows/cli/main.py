@@ -6,12 +6,11 @@ output is one JSON value.
 
 import typer
 
-from deployments import service
-from deployments.launchd_systemd import service_app
 from flows.cli.approve import approve
 from flows.cli.measuring import calibrate, fit, imatrix
 from flows.cli.options import Json, RecipeOption, Source, Verbose
 from flows.cli.run import convert, demo, run
+from flows.cli.service import server, service_app, worker
 from flows.cli.terminal import OUT, errors_in_one_screen, print_json
 from flows.cli.workspace import card, publish, status, verify
 from glm_quant.build import Build, BuildSpec
@@ -56,8 +55,8 @@ app.command()(calibrate)
 app.command()(imatrix)
 app.command()(fit)
 app.command()(approve)
-app.command()(service.server)
-app.command()(service.worker)
+app.command()(server)
+app.command()(worker)
 app.add_typer(service_app, name="service")
 
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from flows.api_address import connect_if_there
 from flows.cli.display import StageDisplay
 from flows.cli.options import Json, RecipeOption, Reuse, Source, Verbose, Window
 from flows.cli.stopping import stopping_in_order
@@ -161,6 +162,9 @@ def _print_result(build: Build, stages: "list[StageResult]", seconds: float, as_
 
 def _run_flow(build: Build) -> "list[StageResult]":
     """Run the flow of a build; returns what its stages came to."""
+    notice = connect_if_there()
+    if notice:
+        ERRORS.print(notice)
     from glm_quant.stages.quantize import QuantizeStage
 
     unfinished = [

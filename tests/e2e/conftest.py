@@ -7,7 +7,8 @@ import pytest
 
 from glm_quant.data import tiny_glm_path
 from tests.e2e.command_line import CommandLine
-from tests.e2e.service import Server, Service
+from tests.e2e.network import RecordingProxy
+from tests.e2e.service import Server, Service, tracebacks
 from tests.hub_server import HubServer
 from tests.s3_server import KEYS, connect, seaweed
 
@@ -51,12 +52,22 @@ def embedded(tmp_path_factory: pytest.TempPathFactory) -> CommandLine:
 
 
 @pytest.fixture(scope="package")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+def outside() -> Iterator[RecordingProxy]:
+    """What stands between server, worker and their commands and the world: nothing may be asked."""
+    proxy = RecordingProxy()
+    yield proxy
+    proxy.close()
+
+
+@pytest.fixture(scope="package")
+def server(outside: RecordingProxy, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """One running Prefect server with a fresh database."""
-    started = Server(CommandLine(tmp_path_factory.mktemp("served")))
+    home = CommandLine(tmp_path_factory.mktemp("served"))
+    started = Server(home.with_variables({"HTTPS_PROXY": outside.url}))
     started.start()
     yield started
     started.kill()
+    assert not tracebacks(started.log), "the server's log has tracebacks"
 
 
 @pytest.fixture(scope="package")
@@ -90,22 +101,23 @@ def service(
 
     The Hub's token is in a Secret block, those of AWS are in the worker's environment.
     """
-    command_line = CommandLine(server.command_line.prefect_home)
-    command_line.environment |= {
-        "PREFECT_API_URL": server.api,
-        "PREFECT_WORKER_QUERY_SECONDS": "1",
-        "GLM_QUANT_RESTART_SECONDS": "5",
-        "HF_ENDPOINT": hub.url,
-        "HF_HUB_DISABLE_XET": "1",
-        "AWS_ENDPOINT_URL": s3_url,
-        "AWS_DEFAULT_REGION": "us-east-1",
-        **KEYS,
-    }
+    command_line = server.command_line.with_variables(
+        {
+            "PREFECT_WORKER_QUERY_SECONDS": "1",
+            "GLM_QUANT_RESTART_SECONDS": "5",
+            "HF_ENDPOINT": hub.url,
+            "HF_HUB_DISABLE_XET": "1",
+            "AWS_ENDPOINT_URL": s3_url,
+            "AWS_DEFAULT_REGION": "us-east-1",
+            **KEYS,
+        }
+    )
     started = Service(server, command_line, tmp_path_factory.mktemp("service") / "home")
     started.start_worker()
     started.save_secret("hf-token", HUB_TOKEN)
     yield started
     started.kill_worker()
+    assert not tracebacks(started.log), "the worker's log has tracebacks"
 
 
 @pytest.fixture(scope="package")

@@ -44,8 +44,7 @@ def test_three_targets_one_of_which_fails_at_first(
     """
     recipe, workspace = tmp_path / "quick.yaml", tmp_path / "work"
     recipe.write_text(f"{quick.read_text()}  keep_local: false\n  private: true\n")
-    user = CommandLine(cli.prefect_home)
-    user.environment |= cli.environment | KEYS
+    user = cli.with_variables(KEYS)
     user.environment |= {"HF_ENDPOINT": place.url, "HF_TOKEN": TOKEN, "HF_HUB_DISABLE_XET": "1"}
     user.environment |= {"AWS_ENDPOINT_URL": s3_url, "AWS_DEFAULT_REGION": "us-east-1"}
     targets = ("hf://org/tiny", "s3://models/tiny", str(tmp_path / "published"))

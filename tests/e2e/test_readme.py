@@ -15,7 +15,11 @@ ROOT = Path(__file__).parents[2]
 BY_THE_GATE = {"uv run pytest", "bash .ci/run"}
 BY_THE_DEMO = {"uv run glm-quant demo"}
 # These do not end by themselves: `service.py` starts them for the tests of the service.
-BY_THE_SERVICE = {"uv run glm-quant server", "uv run glm-quant worker --home ~/glm-quant"}
+BY_THE_SERVICE = {
+    "uv run glm-quant server --save-address",
+    "uv run glm-quant worker --home ~/glm-quant",
+    "uv run prefect deployment run glm-quant/dynamic",
+}
 
 
 def commands() -> list[str]:
@@ -38,11 +42,15 @@ def test_the_gate_runs_what_this_test_cannot() -> None:
 
 
 def test_the_service_runs_what_does_not_end() -> None:
-    """Server and worker are started by the tests of the service, with the README's options."""
-    service = (ROOT / "tests" / "e2e" / "service.py").read_text(encoding="utf-8")
+    """Server, worker and deployment are started by the tests of the service, as README says."""
+    folder = ROOT / "tests" / "e2e"
+    service = (folder / "service.py").read_text(encoding="utf-8")
     assert set(commands()) >= BY_THE_SERVICE
-    assert 'start("server"' in service
+    assert 'start("server", *options' in service
+    assert '"--save-address"' in service
     assert 'start("worker", "--home"' in service
+    fresh_shell = (folder / "test_service.py").read_text(encoding="utf-8")
+    assert '"prefect", "deployment", "run", "glm-quant/dynamic"' in fresh_shell
 
 
 @pytest.mark.slow

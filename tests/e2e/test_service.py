@@ -5,22 +5,27 @@ One build goes through all of it, since each start of a server, a worker or a ru
 
 import json
 import os
+import re
 import signal
+import socket
 import subprocess
 import time
 from dataclasses import dataclass
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 from huggingface_hub import snapshot_download
 
 from deployments.automations import silent_runs
 from deployments.restarts import is_flow_process
 from glm_quant.data import tiny_glm_path
+from tests.e2e.command_line import in_fresh_shell
 from tests.e2e.conftest import AWS_SECRET, BUCKET, HUB_TOKEN, UPSTREAM
-from tests.e2e.service import Service, wait_for
+from tests.e2e.network import RecordingProxy, forwarded
+from tests.e2e.service import FINAL, Service, tracebacks, wait_for
 from tests.e2e.test_demo import digests
 from tests.hub_server import Content, HubServer
 from tests.s3_server import connect
@@ -115,14 +120,20 @@ def survivor(service: Service, hub: HubServer, quick: Path, first_look: str) -> 
 
 @pytest.fixture(scope="module")
 def assessed(service: Service, survivor: Build, quick: Path) -> str:
-    """A run of the deployment that judges a finished build; not waited for."""
-    return service.run(
+    """A run of the deployment that judges a finished build; not waited for.
+
+    Meanwhile another process keeps the server's database locked, for half a minute.
+    """
+    run = service.run(
         "glm-quant-assess/assess",
         recipe=str(quick),
         source=survivor.spec["source"],
         checkpoint="builds/survivor/checkpoint",
         workspace="builds/assess",
     )
+    service.wait(run, "RUNNING", *FINAL)
+    service.server.lock_database(30)
+    return run
 
 
 def test_only_unfinished_work_is_done_and_the_bytes_are_the_same(
@@ -176,8 +187,13 @@ def test_the_bucket_names_the_same_build(survivor: Build, s3_url: str) -> None:
 
 
 def test_a_finished_build_is_judged(service: Service, survivor: Build, assessed: str) -> None:
-    """The deployment `assess` verifies, compares and measures, and its page shows what it found."""
-    assert service.wait(assessed)["state_type"] == "COMPLETED"
+    """The deployment `assess` verifies, compares and measures, and its page shows what it found.
+
+    It does not notice that the database was locked (prefect#18934).
+    """
+    finished = service.wait(assessed)
+    assert finished["state_type"] == "COMPLETED"
+    assert finished["run_count"] == 1
     judged = {"verify", "parity", "divergence", "evaluate"}
     states = service.task_states(assessed)
     assert {states[name] for name in judged} == {"Completed"}
@@ -272,6 +288,76 @@ def test_a_person_is_asked_before_publishing(
     client = connect(s3_url, seconds=20)
     latest = json.loads(client.get_object(Bucket=BUCKET, Key="survivor/LATEST")["Body"].read())
     assert {file["path"]: file["sha256"] for file in latest["files"]}.items() >= made.items()
+
+
+def test_the_hourly_look_is_scheduled_and_runs(service: Service) -> None:
+    """The schedule makes runs ahead of time, the worker runs what is due, no log has a traceback.
+
+    The run that is looked at is the schedule's own, put forward so that nobody waits for an hour.
+    """
+    upstream = service.ask("GET", "/deployments/name/glm-quant-watch/upstream")["id"]
+    criteria = {
+        "deployments": {"id": {"any_": [upstream]}},
+        "flow_runs": {"state": {"type": {"any_": ["SCHEDULED"]}}},
+        "sort": "EXPECTED_START_TIME_DESC",
+    }
+
+    def scheduled() -> list[dict[str, Any]]:
+        runs = service.ask("POST", "/flow_runs/filter", **criteria)
+        return [run for run in runs if run["auto_scheduled"]]
+
+    run = wait_for(scheduled, "the schedule made no run")[0]["id"]
+    now = datetime.now(UTC).isoformat()
+    state = {"type": "SCHEDULED", "state_details": {"scheduled_time": now}}
+    service.ask("POST", f"/flow_runs/{run}/set_state", state=state, force=True)
+    assert service.wait(run, *FINAL)["state_type"] == "COMPLETED"
+    assert not tracebacks(service.server.log)
+    assert not tracebacks(service.log)
+
+
+def test_the_ui_asks_the_server_that_it_came_from(service: Service) -> None:
+    """Also on another port than Prefect's own, where the page would say that it cannot connect."""
+    root = service.server.api.removesuffix("/api")
+    assert httpx.get(f"{root}/ui-settings").json()["api_url"] == service.server.api
+
+
+def test_a_fresh_shell_finds_the_server(service: Service, outside: RecordingProxy) -> None:
+    """README's command, and ours, find it in the profile that `--save-address` wrote."""
+    home = service.server.command_line.home
+    words = "prefect", "deployment", "run", "glm-quant/dynamic"
+    code, screen = in_fresh_shell(home, outside.url, *words)
+    assert code == 0, screen
+    uuid = re.search(r"UUID: ([0-9a-f-]{36})", screen)
+    assert uuid, screen
+    # What becomes of its build other tests see.
+    assert service.wait(uuid[1])["run_count"] == 1
+    code, screen = in_fresh_shell(home, outside.url, "glm-quant", "approve", "nobody")
+    assert code == 2, screen
+    assert "0 runs of this name" in screen
+
+
+def test_the_default_address_is_tried(
+    service: Service, outside: RecordingProxy, tmp_path: Path
+) -> None:
+    """Without variable and profile a command uses the server there, and never starts another."""
+    approve = tmp_path, outside.url, "glm-quant", "approve", "nobody"
+    try:
+        listener = socket.create_server(("127.0.0.1", 4200))
+    except OSError:
+        pytest.skip("something listens at the default address")
+    with forwarded(listener, service.server.port):
+        code, screen = in_fresh_shell(*approve)
+    assert code == 2, screen
+    assert "0 runs of this name" in screen
+    code, screen = in_fresh_shell(*approve)
+    assert code == 1, screen
+    assert "no Prefect server answers there" in screen
+    assert not (tmp_path / ".prefect" / "prefect.db").exists()
+
+
+def test_nobody_is_told_who_uses_this(outside: RecordingProxy, service: Service) -> None:
+    """Server, worker, runs and commands in a terminal ask for nothing outside of this machine."""
+    assert outside.hosts == []
 
 
 def test_cancel_stops_soon_and_the_workspace_resumes(

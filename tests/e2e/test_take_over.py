@@ -48,8 +48,7 @@ def test_another_machine_takes_a_build_over(
     recipe.write_text(
         f"{quick.read_text()}records: {{uri: {ELSEWHERE!r}, lease_seconds: {LEASE_SECONDS}}}\n"
     )
-    user = CommandLine(cli.prefect_home)
-    user.environment |= cli.environment | KEYS
+    user = cli.with_variables(KEYS)
     user.environment |= {"HF_ENDPOINT": place.url, "HF_TOKEN": TOKEN, "HF_HUB_DISABLE_XET": "1"}
     user.environment |= {"AWS_ENDPOINT_URL": s3_url, "AWS_DEFAULT_REGION": "us-east-1"}
     client = connect(s3_url, seconds=20)

@@ -1,12 +1,13 @@
 """The services of the system: what is written is what launchd and systemd read."""
 
 import configparser
-import os
 import plistlib
 import re
 import shlex
 import shutil
 import subprocess
+import tomllib
+from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -14,7 +15,6 @@ import pytest
 import yaml
 
 from deployments.launchd_systemd import Place, launch_agents, rotate_log, systemd_units
-from deployments.service import server
 from flows.watch import watch
 from glm_quant.build import AssessSpec, BuildSpec
 from glm_quant.recipe import recipe_names
@@ -48,18 +48,6 @@ def test_systemd_units_say_the_same() -> None:
         assert words[:4] == [str(PLACE.python), "-P", "-m", "flows.cli.main"]
         assert words[4] == re.sub(r"glm-quant-(\w+)\.service", r"\1", name)
         assert unit["Service"]["Restart"] == "always"
-
-
-def test_the_ui_asks_the_server_that_it_came_from(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also on another port than Prefect's own, where the page would say that it cannot connect."""
-    started: list[list[str]] = []
-    monkeypatch.setenv("PREFECT_UI_API_URL", "")
-    monkeypatch.delenv("PREFECT_UI_API_URL")
-    monkeypatch.setattr("deployments.service.prepare_service", lambda: None)
-    monkeypatch.setattr("deployments.service._become", started.append)
-    server(port=4321)
-    assert os.environ["PREFECT_UI_API_URL"] == "http://127.0.0.1:4321/api"
-    assert started[0][-2:] == ["--port", "4321"]
 
 
 def test_systemd_accepts_its_units(tmp_path: Path) -> None:
@@ -106,6 +94,15 @@ def test_deployments_have_parameters_that_their_flows_accept() -> None:
         names.add(f"{function} {one['name']}")
     assert names == {"release dynamic", "release dynamic-3-5bpw", "assess assess", "watch upstream"}
     assert watch.name == "glm-quant-watch"
+
+
+def test_one_version_of_prefect() -> None:
+    """The dependency, what is installed from the lock, and prefect.yaml name the same version."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    [bounds] = [line for line in project["dependencies"] if line.startswith("prefect>=")]
+    file = yaml.safe_load((ROOT / "deployments" / "prefect.yaml").read_text(encoding="utf-8"))
+    assert bounds.startswith(f"prefect>={file['prefect-version']},<")
+    assert version("prefect") == file["prefect-version"]
 
 
 def test_no_flow_file_shadows_a_library() -> None:
