@@ -8,6 +8,6 @@ from tasks.upstream import WatchSpec, look, propose, show_upstream
 @flow(name="glm-quant-watch", flow_run_name="look upstream", persist_result=False)
 def watch(spec: WatchSpec) -> None:
     """Look at every watched repository once; a repository that cannot be seen is left for later."""
-    seen = [look(one, deployment) for one, deployment in spec.pairs()]
-    proposed = [propose(family, spec.repos()) for family in spec.families]
-    show_upstream(seen, proposed)
+    results = [look(place, deployment) for place, deployment in spec.pairs()]
+    proposals = [propose(family, spec.repos()) for family in spec.families]
+    show_upstream(results, proposals)

@@ -58,14 +58,14 @@ class WatchSpec(_Part):
     def pairs(self) -> list[tuple["Look", str]]:
         """Return each repository with each of its deployments."""
         return [
-            (Look(repo=one.repo, revision=one.revision, first=self.first), deployment)
-            for one in self.watched
-            for deployment in one.deployments
+            (Look(repo=place.repo, revision=place.revision, first=self.first), deployment)
+            for place in self.watched
+            for deployment in place.deployments
         ]
 
     def repos(self) -> list[str]:
         """Return the watched repositories."""
-        return [one.repo for one in self.watched]
+        return [place.repo for place in self.watched]
 
 
 class Look(_Part):
@@ -76,8 +76,8 @@ class Look(_Part):
     first: Literal["note", "build"]
 
 
-class Seen(_Part):
-    """What a look saw and did, in words for a person."""
+class LookResult(_Part):
+    """What a look came to, in words for a person."""
 
     repo: str
     deployment: str
@@ -92,7 +92,7 @@ class Seen(_Part):
     cache_policy=NO_CACHE,
     timeout_seconds=LOOK_SECONDS,
 )
-def look(where: Look, deployment: str) -> Seen:
+def look(where: Look, deployment: str) -> LookResult:
     """Compare with the last look, and run the deployment if upstream has moved."""
     logging.getLogger("glm_quant").setLevel(logging.INFO)
     load_secrets()
@@ -100,7 +100,9 @@ def look(where: Look, deployment: str) -> Seen:
         now = pinned(where.repo, where.revision)
     except SourceError as error:
         _log.warning("%s; it is looked at again next time", error)
-        return Seen(repo=where.repo, deployment=deployment, commit="", did=f"not seen: {error}")
+        return LookResult(
+            repo=where.repo, deployment=deployment, commit="", did=f"not seen: {error}"
+        )
     name = variable_name(where, deployment)
     last = cast("dict[str, Any] | None", Variable.get(name))
     if last and last["uri"] == now:
@@ -114,7 +116,7 @@ def look(where: Look, deployment: str) -> Seen:
         Variable.set(name, {"uri": now, "moves": moves}, overwrite=True)
         did = f"moved: build {run} was asked for"
     _log.info("%s for %s: %s", short_source(now), deployment, did)
-    return Seen(repo=where.repo, deployment=deployment, commit=now.partition("@")[2], did=did)
+    return LookResult(repo=where.repo, deployment=deployment, commit=now.partition("@")[2], did=did)
 
 
 @task(
@@ -127,21 +129,22 @@ def look(where: Look, deployment: str) -> Seen:
 def propose(family: Family, known: list[str]) -> list[str]:
     """Return models of a family that nobody watches."""
     try:
-        found = [name for name in models_of(family.author, family.pattern) if name not in known]
+        models = models_of(family.author, family.pattern)
     except SourceError as error:
         _log.warning("%s", error)
         return []
-    if found:
-        _log.info("not watched, to be built by hand: %s", ", ".join(found))
-    return found
+    proposals = [name for name in models if name not in known]
+    if proposals:
+        _log.info("not watched, to be built by hand: %s", ", ".join(proposals))
+    return proposals
 
 
-def show_upstream(seen: list[Seen], proposed: list[list[str]]) -> None:
-    """Show a look in the UI."""
-    rows = [one.model_dump() for one in seen]
+def show_upstream(results: list[LookResult], proposals: list[list[str]]) -> None:
+    """Show what the looks of a run came to, and the proposals, as a table in the UI."""
+    rows = [result.model_dump() for result in results]
     rows += [
         {"repo": name, "deployment": "", "commit": "", "did": "not watched: a proposal"}
-        for names in proposed
+        for names in proposals
         for name in names
     ]
     create_table_artifact(rows, key="upstream", description="What upstream has")
@@ -175,5 +178,5 @@ def build_from(uri: str, deployment: str, key: str) -> str:
 
 def variable_name(where: Look, deployment: str) -> str:
     """Return the variable that holds what a deployment was last built from."""
-    said = f"upstream {deployment} {where.repo} {where.revision}"
-    return "glm_quant_" + re.sub(r"[^a-z0-9]+", "_", said.lower())
+    words = f"upstream {deployment} {where.repo} {where.revision}"
+    return "glm_quant_" + re.sub(r"[^a-z0-9]+", "_", words.lower())

@@ -29,9 +29,9 @@ def wait_for(what: Callable[[], Any], why: str, seconds: float = SLOW_MACHINE_SE
     """Wait until `what` returns something true, and return it."""
     deadline = time.monotonic() + seconds
     while True:
-        found = what()
-        if found:
-            return found
+        result = what()
+        if result:
+            return result
         assert time.monotonic() < deadline, f"after {seconds:.0f} s: {why}"
         time.sleep(0.1)
 
@@ -166,10 +166,10 @@ class Service:
         """Ask for a run as a person does in a shell; returns the run's id."""
         parameters = json.dumps({"spec": spec})
         command = ("deployment", "run", deployment, "--params", parameters)
-        said = self.command_line.run(*command, program="prefect").stdout
-        found = re.search(r"UUID: ([0-9a-f-]{36})", said)
-        assert found, said
-        return found[1]
+        screen = self.command_line.run(*command, program="prefect").stdout
+        uuid = re.search(r"UUID: ([0-9a-f-]{36})", screen)
+        assert uuid, screen
+        return uuid[1]
 
     def set_spec(self, deployment: str, spec: dict[str, Any]) -> None:
         """Change a deployment's parameters, as a person does in the UI."""
