@@ -1,6 +1,6 @@
 """A build's own calibration: what its recipe wants, made once in the build's workspace.
 
-`run` makes it as a stage, `convert` before it begins. What a reader would get wrong: the record's
+`run` makes it as a stage, `convert` before it begins. The record's
 fingerprint is of texts and files, so that it is known without a tokenizer; what was made of them is
 in the digests that each weight's own fingerprint has.
 """
@@ -151,7 +151,7 @@ def calibrate_build(
     divergence = _reference(checkpoint, recipe, workspace, memory) if reference else nullcontext()
     conversion = one_pass(checkpoint, recipe, converting) if converting else nullcontext()
     with divergence as extra_batch, conversion as encoder:
-        made = calibrate(
+        imatrix = calibrate(
             checkpoint,
             tokens,
             folder,
@@ -161,19 +161,19 @@ def calibrate_build(
             extra_batch=extra_batch,
             encoder=encoder,
         )
-    counts = [count for layer in made.coverage.values() for count in layer]
+    counts = [count for layer in imatrix.coverage.values() for count in layer]
     inside = folder.relative_to(workspace.root)
-    files = [FileDigest.of(folder, RECORD_NAME), *made.outputs]
+    files = [FileDigest.of(folder, RECORD_NAME), *imatrix.outputs]
     return CalibrationRecord(
         fingerprint=calibration_fingerprint(checkpoint, recipe),
         outputs=[file.model_copy(update={"path": str(inside / file.path)}) for file in files],
         slices={part.name: sum(map(len, part.sequences)) for part in tokens.slices},
-        tokens=made.tokens,
+        tokens=imatrix.tokens,
         experts=len(counts),
-        thin=sum(count < made.least_tokens for count in counts),
+        thin=sum(count < imatrix.least_tokens for count in counts),
         unseen=sum(count == 0 for count in counts),
-        weights=len(made.weights),
-        factors=len({w.factor for w in made.weights.values() if w.factor}),
+        weights=len(imatrix.weights),
+        factors=len({w.factor for w in imatrix.weights.values() if w.factor}),
         layers=encoder.errors if encoder else {},
     )
 

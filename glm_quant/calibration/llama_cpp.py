@@ -2,8 +2,8 @@
 
 `llama-imatrix` writes a GGUF file with two float32 tensors for each weight: `NAME.in_sum2` holds
 Σx² [units, width], `NAME.counts` the tokens that each unit met [units, 1]; units are experts or
-heads. The names are those that llama.cpp gives GLM (its architecture `glm-dsa`). What a reader
-would get wrong: of our importance only the proportions within a unit are known, so what is written
+heads. The names are those that llama.cpp gives GLM (its architecture `glm-dsa`). Of our importance
+only the proportions within a unit are known, so what is written
 has mean 1 for each token; llama.cpp too uses nothing but the proportions.
 """
 
@@ -77,15 +77,15 @@ def read_llama_cpp(file: Path, output: Path) -> ImatrixRecord:
         raise OutputError(
             f"{output}: the folder holds something ({strangers[0].name}). Choose an empty one."
         )
-    found, tokens = _sums_of(file)
+    sums, tokens = _sums_of(file)
     digest = sha256_file(file)
     tensors: dict[str, Any] = {}
     weights: dict[str, CalibratedWeight] = {}
     coverage: dict[int, list[int]] = {}
-    for path in sorted(found):
+    for path in sorted(sums):
         # What meets the same input shares a tensor, where the file has it.
-        shared = input_name(path) if input_name(path) in found else path
-        importance, thin = importances(*found[shared], LEAST_TOKENS)
+        shared = input_name(path) if input_name(path) in sums else path
+        importance, thin = importances(*sums[shared], LEAST_TOKENS)
         tensors[shared] = importance
         weights[path] = CalibratedWeight(
             tensor=shared,
@@ -94,7 +94,7 @@ def read_llama_cpp(file: Path, output: Path) -> ImatrixRecord:
             thin=thin,
         )
         if path.endswith(".switch_mlp.gate_proj"):
-            coverage[int(path.split(".")[2])] = found[path][1].tolist()
+            coverage[int(path.split(".")[2])] = sums[path][1].tolist()
     output.mkdir(parents=True, exist_ok=True)
     save_arrays(output / TENSORS_NAME, tensors)
     record = ImatrixRecord(
@@ -180,16 +180,16 @@ def _sums_of(file: Path) -> tuple[dict[str, Sums], int]:
         raise _not_one(file, f"{type(error).__name__}: {error}") from None
     if kind != "imatrix":
         raise _not_one(file, f"general.type is {kind}")
-    found: dict[str, Sums] = {}
+    sums: dict[str, Sums] = {}
     for name, squares in arrays.items():
         match = _BLOCK.fullmatch(name)
         module = _MODULES.get(match[2]) if match else None
         if match and module:
             counts = arrays.get(f"{name.removesuffix('.in_sum2')}.counts")
-            found[f"model.layers.{match[1]}.{module}"] = _checked(file, name, squares, counts)
-    if not found:
+            sums[f"model.layers.{match[1]}.{module}"] = _checked(file, name, squares, counts)
+    if not sums:
         raise _not_one(file, f"none of its {len(arrays):,} tensors is a sum of a weight of GLM's")
-    return found, tokens
+    return sums, tokens
 
 
 def _checked(file: Path, name: str, squares: Any, counts: Any) -> Sums:

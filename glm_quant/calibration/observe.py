@@ -24,9 +24,9 @@ _SAME_INPUT = (("up_proj", "gate_proj"), ("kv_a_proj_with_mqa", "q_a_proj"))
 
 def input_name(path: str) -> str:
     """Return the weight whose input a weight shares, itself mostly."""
-    for name, other in _SAME_INPUT:
+    for name, shared_name in _SAME_INPUT:
         if path.endswith(f".{name}"):
-            return path.removesuffix(name) + other
+            return path.removesuffix(name) + shared_name
     return path
 
 
@@ -103,8 +103,8 @@ class Observer:
     def on_expert(self, index: int, expert: int, x: mx.array, middle: mx.array) -> None:
         """Add what an expert's tokens brought: its input, and what its down projection met."""
         path = f"model.layers.{index}.mlp.switch_mlp"
-        for name, met in (("gate_proj", x), ("down_proj", middle)):
-            values = np.array(met)
+        for name, inputs in (("gate_proj", x), ("down_proj", middle)):
+            values = np.array(inputs)
             self._of(f"{path}.{name}", self._experts, values.shape[-1]).add(expert, values)
         self.sums[f"{path}.up_proj"] = self.sums[f"{path}.gate_proj"]  # they share the input
 

@@ -2,7 +2,7 @@
 
 Parity reads each weight twice, for the reference and for our runtime. From the Hub or S3 that would
 be the whole checkpoint over the network twice; so what was read once lies in a folder until it is
-forgotten. What a reader would get wrong: this is no cache of a checkpoint, it never holds more than
+forgotten. This is no cache of a checkpoint, it never holds more than
 was asked for since the last `forget`.
 """
 

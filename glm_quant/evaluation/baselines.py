@@ -1,7 +1,7 @@
 """Builds that a recipe names to be compared with: where their figures come from.
 
 A workspace, or a record in one, has been measured before and is read; the folder of a checkpoint is
-measured as the build itself is. What a reader would get wrong: a workspace's figures were measured
+measured as the build itself is. A workspace's figures were measured
 by its own recipe's settings, and only those of the same texts and lengths are compared.
 """
 

@@ -1,6 +1,6 @@
 """Loops and repeats in long greedy outputs, where a model with too few bits gives itself away.
 
-What a reader would get wrong: a small or untuned model loops in greedy decoding without any
+A small or untuned model loops in greedy decoding without any
 quantization, so bounds on loops are for models whose source does not.
 """
 
@@ -35,16 +35,16 @@ def measure_coherence(
     outputs: list[LongOutput] = []
     for prompt in settings.prompts:
         ids = chat_ids(tokenizer, prompt, thinking=False)
-        made, ended = greedy(model, tokenizer, ids, settings.tokens)
+        reply_ids, ended = greedy(model, tokenizer, ids, settings.tokens)
         outputs.append(
             LongOutput(
                 prompt=prompt,
-                tokens=len(made),
+                tokens=len(reply_ids),
                 ended=ended,
-                repeated_share=repeated_share(made, settings.ngram),
-                longest_repeat=longest_repeat(made),
-                loop_period=loop_period(made),
-                text=_shortened(tokenizer.decode(made)),
+                repeated_share=repeated_share(reply_ids, settings.ngram),
+                longest_repeat=longest_repeat(reply_ids),
+                loop_period=loop_period(reply_ids),
+                text=_shortened(tokenizer.decode(reply_ids)),
             )
         )
         if progress:
@@ -90,12 +90,12 @@ def loop_period(tokens: Sequence[int]) -> int | None:
 
 
 def _occurs_twice(tokens: Sequence[int], length: int) -> bool:
-    seen: set[tuple[int, ...]] = set()
+    windows: set[tuple[int, ...]] = set()
     for begin in range(len(tokens) - length + 1):
         span = tuple(tokens[begin : begin + length])
-        if span in seen:
+        if span in windows:
             return True
-        seen.add(span)
+        windows.add(span)
     return False
 
 

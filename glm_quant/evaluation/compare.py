@@ -62,11 +62,13 @@ class _Side:
         self.best[rows] = np.where(block_largest > old, best, self.best[rows])
         self.total[rows] = self.total[rows] * before + block_total * now
         self.largest[rows] = new
-        here = np.flatnonzero((targets[rows] >= first) & (targets[rows] < first + logits.shape[1]))
-        if here.size:
-            column = mx.array(targets[rows][here] - first)
-            values = np.array(logits[mx.array(here), column])
-            self.wanted[rows.start + here] = values
+        target_rows = np.flatnonzero(
+            (targets[rows] >= first) & (targets[rows] < first + logits.shape[1])
+        )
+        if target_rows.size:
+            column = mx.array(targets[rows][target_rows] - first)
+            values = np.array(logits[mx.array(target_rows), column])
+            self.wanted[rows.start + target_rows] = values
         return before, now
 
 

@@ -18,6 +18,6 @@ def data_file(named: str) -> Path:
         return Path(named).expanduser()
     path = items_path(named.removeprefix(_SHIPPED))
     if not path.is_file():
-        known = ", ".join(f"{_SHIPPED}{p.name}" for p in sorted(path.parent.glob("*.jsonl")))
-        raise RecipeError(f"{named}: no such file ships with glm-quant; there is {known}.")
+        shipped = ", ".join(f"{_SHIPPED}{p.name}" for p in sorted(path.parent.glob("*.jsonl")))
+        raise RecipeError(f"{named}: no such file ships with glm-quant; there is {shipped}.")
     return path

@@ -3,7 +3,7 @@
 The source is streamed once for a token set and its final hidden states are kept (the *reference
 record*); then each build is streamed over the same tokens, and both are taken to logits part by
 part of the vocabulary. With the hidden states and the source's output head the logits are exact, so
-nothing is cut off to the top few. What a reader would get wrong: the reference is keyed by content
+nothing is cut off to the top few. The reference is keyed by content
 (the source's files, the tokens, the runtime, `VERSION`), so it may be shared between workspaces.
 """
 
@@ -81,15 +81,15 @@ def divergence(
     work = _Work(source, tokens, memory_bytes or half_of_memory())
     tick = progress or (lambda _done, _total: None)
     depth = int(work.source.args.num_hidden_layers)
-    own = folder / _folder_name(fingerprint(build_inputs(build, work.key)))
-    known = DivergenceRecord.load(own / RECORD_NAME)
-    if known is not None and known.is_whole(own):
-        return known
+    record_folder = folder / _folder_name(fingerprint(build_inputs(build, work.key)))
+    record = DivergenceRecord.load(record_folder / RECORD_NAME)
+    if record is not None and record.is_whole(record_folder):
+        return record
     reference, states = work.reference(
         references or folder, lambda done, _: tick(done, 2 * depth + 1)
     )
     record = work.compare(
-        build, own, reference, states, lambda done, _: tick(depth + done, 2 * depth + 1)
+        build, record_folder, reference, states, lambda done, _: tick(depth + done, 2 * depth + 1)
     )
     tick(2 * depth + 1, 2 * depth + 1)
     return record
@@ -133,8 +133,8 @@ def build_folder(folder: Path, record: DivergenceRecord) -> Path:
     return folder / _folder_name(record.fingerprint)
 
 
-def _folder_name(own: str) -> str:
-    return f"build-{own[:16]}"
+def _folder_name(key: str) -> str:
+    return f"build-{key[:16]}"
 
 
 def build_inputs(build: Path, reference: str) -> Canonical:

@@ -2,7 +2,7 @@
 
 Names are those that bounds write. Where two builds went through the same windows, prompts or items,
 the error of their difference is taken from the differences, pair by pair: it is far below the
-errors of the two figures. What a reader would get wrong: figures of unlike measurements (another
+errors of the two figures. Figures of unlike measurements (another
 text, another length) share a name and are not compared.
 """
 
@@ -23,57 +23,61 @@ Paired = tuple[float | None, int] | None
 
 def figures(measured: Measurements) -> dict[str, float]:
     """Return every figure that a bound may be on, by its name."""
-    found = {_perplexity_name(i, p): p.value for i, p in enumerate(measured.perplexity)}
+    values = {_perplexity_name(i, p): p.value for i, p in enumerate(measured.perplexity)}
     if measured.needle:
-        found["needle"] = measured.needle.score
+        values["needle"] = measured.needle.score
     if measured.peer_perplexity:
-        found["peer_perplexity"] = measured.peer_perplexity.value
+        values["peer_perplexity"] = measured.peer_perplexity.value
     for task in measured.harness.tasks if measured.harness else ():
-        found[f"harness/{task.task}"] = task.score.value
+        values[f"harness/{task.task}"] = task.score.value
     if measured.coherence:
-        found["loops"] = measured.coherence.loops
-        found["repeated_share"] = measured.coherence.repeated_share
-        found["longest_repeat"] = measured.coherence.longest_repeat
+        values["loops"] = measured.coherence.loops
+        values["repeated_share"] = measured.coherence.repeated_share
+        values["longest_repeat"] = measured.coherence.longest_repeat
     for speed in measured.speed:
-        found[f"prefill/{speed.prompt_tokens}"] = speed.prefill_rate
-        found[f"decode/{speed.prompt_tokens}"] = speed.decode_rate
-    return found | {
+        values[f"prefill/{speed.prompt_tokens}"] = speed.prefill_rate
+        values[f"decode/{speed.prompt_tokens}"] = speed.decode_rate
+    return values | {
         "load_seconds": measured.load.seconds,
         "peak_rss_gb": measured.peak_rss_bytes / 1e9,
         "mlx_peak_gb": measured.mlx_peak_bytes / 1e9,
     }
 
 
-def compare(name: str, own: Measurements, other: Measurements) -> list[Comparison]:
+def compare(name: str, build: Measurements, baseline: Measurements) -> list[Comparison]:
     """Return what two builds share, figure by figure.
 
     Args:
         name: what the recipe calls the other.
-        own: this build's measurements.
-        other: the baseline's.
+        build: this build's measurements.
+        baseline: the baseline's.
     """
-    ours, theirs, paired = figures(own), figures(other), _paired(own, other)
-    found: list[Comparison] = []
-    for measure, value in ours.items():
+    build_values, baseline_values, paired = (
+        figures(build),
+        figures(baseline),
+        _paired(build, baseline),
+    )
+    comparisons: list[Comparison] = []
+    for measure, value in build_values.items():
         pair = paired.get(measure, (None, 0))
-        if measure in theirs and pair is not None:
-            found.append(
+        if measure in baseline_values and pair is not None:
+            comparisons.append(
                 Comparison(
                     measure=measure,
                     baseline=name,
                     value=value,
-                    baseline_value=theirs[measure],
-                    difference=value - theirs[measure],
+                    baseline_value=baseline_values[measure],
+                    difference=value - baseline_values[measure],
                     standard_error=pair[0],
                     pairs=pair[1],
                 )
             )
-    return found
+    return comparisons
 
 
 def hold(
     bounds: Sequence[Bound],
-    found: Mapping[str, float],
+    values: Mapping[str, float],
     comparisons: Sequence[Comparison],
     stage: str,
 ) -> None:
@@ -81,7 +85,7 @@ def hold(
 
     Args:
         bounds: the recipe's.
-        found: this build's figures by name.
+        values: this build's figures by name.
         comparisons: the figures beside the baselines'.
         stage: for the message.
 
@@ -92,19 +96,26 @@ def hold(
     beside = {(each.baseline, each.measure): each for each in comparisons}
     for bound in bounds:
         if bound.baseline is None:
-            if bound.measure not in found:
+            if bound.measure not in values:
                 raise EvaluationError(
                     f"{stage}: the recipe bounds {bound.measure}, which was not measured. There is "
-                    f"{', '.join(found)}."
+                    f"{', '.join(values)}."
                 )
-            value, told = found[bound.measure], f"{bound.measure} is {found[bound.measure]:.4g}"
+            value, statement = (
+                values[bound.measure],
+                f"{bound.measure} is {values[bound.measure]:.4g}",
+            )
         else:
-            value, told = _relative(bound, beside.get((bound.baseline, bound.measure)), stage)
+            value, statement = _relative(bound, beside.get((bound.baseline, bound.measure)), stage)
         # `not <=` so that NaN breaks the bound too.
         if bound.max is not None and not value <= bound.max:
-            raise EvaluationError(f"{stage}: {told}; the recipe's max is {bound.max:g}. {_WAY_OUT}")
+            raise EvaluationError(
+                f"{stage}: {statement}; the recipe's max is {bound.max:g}. {_WAY_OUT}"
+            )
         if bound.min is not None and not value >= bound.min:
-            raise EvaluationError(f"{stage}: {told}; the recipe's min is {bound.min:g}. {_WAY_OUT}")
+            raise EvaluationError(
+                f"{stage}: {statement}; the recipe's min is {bound.min:g}. {_WAY_OUT}"
+            )
 
 
 _WAY_OUT = "Give the recipe more bits, or correct the bound."
@@ -130,20 +141,24 @@ def paired_difference(
     return mean, math.sqrt(k / (k - 1) * scatter) / total  # as perplexity.mean_with_error
 
 
-def _relative(bound: Bound, found: Comparison | None, stage: str) -> tuple[float, str]:
-    if found is None:
+def _relative(bound: Bound, comparison: Comparison | None, stage: str) -> tuple[float, str]:
+    if comparison is None:
         raise EvaluationError(
             f"{stage}: the recipe bounds {bound.measure} beside baseline {bound.baseline!r}, which "
             "has no such figure, or has it of another text, length or data. Name the folder of its "
             "checkpoint as baseline: it is then measured as this build is."
         )
-    value, other = found.value, found.baseline_value
-    told = f"{bound.measure} is {value:.4g}, that of baseline {bound.baseline!r} {other:.4g}"
+    value, baseline_value = comparison.value, comparison.baseline_value
+    statement = (
+        f"{bound.measure} is {value:.4g}, that of baseline {bound.baseline!r} {baseline_value:.4g}"
+    )
     if not bound.ratio:
-        return found.difference, f"{told}: {found.difference:+.4g}"
-    if other == 0:
-        raise EvaluationError(f"{stage}: {told}: there is no ratio to 0. Bound the difference.")
-    return value / other, f"{told}: {value / other:.4g} of it"
+        return comparison.difference, f"{statement}: {comparison.difference:+.4g}"
+    if baseline_value == 0:
+        raise EvaluationError(
+            f"{stage}: {statement}: there is no ratio to 0. Bound the difference."
+        )
+    return value / baseline_value, f"{statement}: {value / baseline_value:.4g} of it"
 
 
 def _perplexity_name(place: int, perplexity: Perplexity) -> str:
@@ -151,51 +166,59 @@ def _perplexity_name(place: int, perplexity: Perplexity) -> str:
     return "perplexity" if place == 0 else f"perplexity/{perplexity.text}"
 
 
-def _paired(own: Measurements, other: Measurements) -> dict[str, Paired]:
+def _paired(build: Measurements, baseline: Measurements) -> dict[str, Paired]:
     """Return errors of differences by figure; None where the figures are of unlike things."""
-    found: dict[str, Paired] = {}
-    if own.machine != other.machine:
-        found |= dict.fromkeys(name for name in figures(own) if _is_of_machine(name))
-    theirs = {_perplexity_name(i, p): p for i, p in enumerate(other.perplexity)}
-    for i, ours in enumerate(own.perplexity):
-        name = _perplexity_name(i, ours)
-        if name in theirs:
-            found[name] = _pair_perplexity(ours, theirs[name])
-    if own.needle and other.needle:
-        found["needle"] = _pair_needle(own.needle, other.needle)
-    if own.peer_perplexity and other.peer_perplexity:
-        found["peer_perplexity"] = _pair_peer(own.peer_perplexity, other.peer_perplexity)
-    if own.harness and other.harness:
-        tasks = {task.task: task for task in other.harness.tasks}
-        same = own.harness.model_copy(update={"tasks": []}) == other.harness.model_copy(
+    pairs: dict[str, Paired] = {}
+    if build.machine != baseline.machine:
+        pairs |= dict.fromkeys(name for name in figures(build) if _is_of_machine(name))
+    baseline_texts = {_perplexity_name(i, p): p for i, p in enumerate(baseline.perplexity)}
+    for i, text in enumerate(build.perplexity):
+        name = _perplexity_name(i, text)
+        if name in baseline_texts:
+            pairs[name] = _pair_perplexity(text, baseline_texts[name])
+    if build.needle and baseline.needle:
+        pairs["needle"] = _pair_needle(build.needle, baseline.needle)
+    if build.peer_perplexity and baseline.peer_perplexity:
+        pairs["peer_perplexity"] = _pair_peer(build.peer_perplexity, baseline.peer_perplexity)
+    if build.harness and baseline.harness:
+        tasks = {task.task: task for task in baseline.harness.tasks}
+        same = build.harness.model_copy(update={"tasks": []}) == baseline.harness.model_copy(
             update={"tasks": []}
         )
-        for task in own.harness.tasks:
+        for task in build.harness.tasks:
             if task.task in tasks:
                 pair = _pair_task(task, tasks[task.task]) if same else None
-                found[f"harness/{task.task}"] = pair
-    if own.coherence and other.coherence and own.coherence.method != other.coherence.method:
-        found |= dict.fromkeys(("loops", "repeated_share", "longest_repeat"))
-    return found
+                pairs[f"harness/{task.task}"] = pair
+    if (
+        build.coherence
+        and baseline.coherence
+        and build.coherence.method != baseline.coherence.method
+    ):
+        pairs |= dict.fromkeys(("loops", "repeated_share", "longest_repeat"))
+    return pairs
 
 
 def _is_of_machine(name: str) -> bool:
     return name.endswith(("_seconds", "_gb")) or name.startswith(("prefill/", "decode/"))
 
 
-def _pair_perplexity(own: Perplexity, other: Perplexity) -> Paired:
+def _pair_perplexity(build: Perplexity, baseline: Perplexity) -> Paired:
     protocol = ("text_sha256", "tokens", "context", "stride", "window_tokens")
-    if any(getattr(own, name) != getattr(other, name) for name in protocol):
+    if any(getattr(build, name) != getattr(baseline, name) for name in protocol):
         return None
-    return _pair_losses(own.value, own.window_nll, other.value, other.window_nll, own.window_tokens)
+    return _pair_losses(
+        build.value, build.window_nll, baseline.value, baseline.window_nll, build.window_tokens
+    )
 
 
-def _pair_peer(own: PeerPerplexity, other: PeerPerplexity) -> Paired:
+def _pair_peer(build: PeerPerplexity, baseline: PeerPerplexity) -> Paired:
     protocol = ("dataset", "dataset_sha256", "sequence_length", "samples", "seed")
-    if any(getattr(own, name) != getattr(other, name) for name in protocol):
+    if any(getattr(build, name) != getattr(baseline, name) for name in protocol):
         return None
-    ones = [1] * len(own.sequence_nll)
-    return _pair_losses(own.value, own.sequence_nll, other.value, other.sequence_nll, ones)
+    ones = [1] * len(build.sequence_nll)
+    return _pair_losses(
+        build.value, build.sequence_nll, baseline.value, baseline.sequence_nll, ones
+    )
 
 
 def _pair_losses(
@@ -215,28 +238,28 @@ def _pair_losses(
     return paired_difference(centred[0], centred[1], weights)[1], len(losses)
 
 
-def _pair_needle(own: Needle, other: Needle) -> Paired:
+def _pair_needle(build: Needle, baseline: Needle) -> Paired:
     cells = [
         [(trial.length, trial.depth, trial.phrasing, trial.expected) for trial in each.trials]
-        for each in (own, other)
+        for each in (build, baseline)
     ]
-    same_way = own.text_sha256 == other.text_sha256
-    if cells[0] != cells[1] or not same_way or own.thinking_tokens != other.thinking_tokens:
+    same_way = build.text_sha256 == baseline.text_sha256
+    if cells[0] != cells[1] or not same_way or build.thinking_tokens != baseline.thinking_tokens:
         return None
     return _pair_items(
-        [float(trial.retrieved) for trial in own.trials],
-        [float(trial.retrieved) for trial in other.trials],
+        [float(trial.retrieved) for trial in build.trials],
+        [float(trial.retrieved) for trial in baseline.trials],
     )
 
 
-def _pair_task(own: HarnessTask, other: HarnessTask) -> Paired:
+def _pair_task(build: HarnessTask, baseline: HarnessTask) -> Paired:
     protocol = ("version", "dataset", "dataset_sha256", "metric")
-    if any(getattr(own, name) != getattr(other, name) for name in protocol):
+    if any(getattr(build, name) != getattr(baseline, name) for name in protocol):
         return None
-    if len(own.items) != len(other.items):
+    if len(build.items) != len(baseline.items):
         return None
-    return _pair_items(own.items, other.items)
+    return _pair_items(build.items, baseline.items)
 
 
-def _pair_items(own: Sequence[float], other: Sequence[float]) -> Paired:
-    return paired_difference(own, other, np.ones(len(own)))[1], len(own)
+def _pair_items(build: Sequence[float], baseline: Sequence[float]) -> Paired:
+    return paired_difference(build, baseline, np.ones(len(build)))[1], len(build)

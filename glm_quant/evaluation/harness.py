@@ -1,7 +1,7 @@
 """Tasks of lm-evaluation-harness by `mlx_lm.evaluate`: its own model class, called as it calls it.
 
 So the scores are those of the command. lm-evaluation-harness is an optional dependency
-(`glm-quant[harness]`) and imported where it is used. What a reader would get wrong: the command
+(`glm-quant[harness]`) and imported where it is used. The command
 sends questions through the chat template wherever the build has one.
 """
 
@@ -60,7 +60,7 @@ def measure_harness(model: Any, tokenizer: Any, settings: HarnessSettings) -> Ha
     lm = _language_model(model, tokenizer, settings)
     with TemporaryDirectory(prefix="glm-quant-harness-") as cache:
         try:
-            found: Any = cast("Any", simple_evaluate)(
+            results: Any = cast("Any", simple_evaluate)(
                 model=lm,
                 tasks=[
                     str(write_task(name, data_file(settings.files[name]), Path(cache), manager))
@@ -94,7 +94,7 @@ def measure_harness(model: Any, tokenizer: Any, settings: HarnessSettings) -> Ha
             f"shots, {'all' if settings.limit is None else f'at most {settings.limit:,}'} items, "
             f"seed {settings.seed}, chat template {'on' if lm.use_chat_template else 'off'}"
         ),
-        tasks=[_found(name, found, settings) for name in found["samples"]],
+        tasks=[_task_result(name, results, settings) for name in results["samples"]],
     )
 
 
@@ -156,9 +156,9 @@ def write_task(name: str, file: Path, folder: Path, manager: Any) -> Path:
     return path
 
 
-def _found(name: str, found: Mapping[str, Any], settings: HarnessSettings) -> HarnessTask:
+def _task_result(name: str, results: Mapping[str, Any], settings: HarnessSettings) -> HarnessTask:
     """Return what the harness found on one task."""
-    result: Mapping[str, Any] = found["results"][name]
+    result: Mapping[str, Any] = results["results"][name]
     scores = [
         HarnessScore(
             metric=metric,
@@ -170,25 +170,25 @@ def _found(name: str, found: Mapping[str, Any], settings: HarnessSettings) -> Ha
         )
         if kind and not metric.endswith("_stderr") and isinstance(value, int | float)
     ]
-    wanted = settings.metrics.get(name, _DEFAULT_METRIC)
+    metric_name = settings.metrics.get(name, _DEFAULT_METRIC)
     names = [score.metric for score in scores]
-    if wanted not in names:
+    if metric_name not in names:
         raise EvaluationError(
-            f"evaluation.harness: {name} has no metric {wanted!r} but {', '.join(names)}. Name one "
-            "of them in harness.metrics."
+            f"evaluation.harness: {name} has no metric {metric_name!r} but {', '.join(names)}. "
+            "Name one of them in harness.metrics."
         )
     file = data_file(settings.files[name]) if name in settings.files else None
-    config: Mapping[str, Any] = found["configs"][name]
+    config: Mapping[str, Any] = results["configs"][name]
     return HarnessTask(
         task=name,
-        version=str(found["versions"][name]),
+        version=str(results["versions"][name]),
         dataset=str(config.get("dataset_path")) if file is None else file.name,
         dataset_sha256=None if file is None else sha256_file(file),
-        metric=wanted,
+        metric=metric_name,
         scores=scores,
         items=[
-            float(sample[wanted])
-            for sample in sorted(found["samples"][name], key=lambda sample: sample["doc_id"])
+            float(sample[metric_name])
+            for sample in sorted(results["samples"][name], key=lambda sample: sample["doc_id"])
         ],
     )
 

@@ -1,6 +1,6 @@
 """Perplexity by `mlx_lm.perplexity`: its own functions, called as its command calls them.
 
-So the number is the one that the command prints. What a reader would get wrong: its standard error
+So the number is the one that the command prints. Its standard error
 takes neighbouring tokens for independent; for a comparison use the sequences' own losses.
 """
 
@@ -77,9 +77,9 @@ def load_sequences(tokenizer: Any, settings: PeerPerplexitySettings) -> mx.array
                 tokenizer, settings.data_path, settings.num_samples, settings.sequence_length
             )
     except IndexError:
-        wanted = settings.num_samples * settings.sequence_length
+        token_count = settings.num_samples * settings.sequence_length
         raise EvaluationError(
-            f"{where}: the dataset is shorter than the {wanted:,} tokens that "
+            f"{where}: the dataset is shorter than the {token_count:,} tokens that "
             f"{settings.num_samples} sequences of {settings.sequence_length:,} take. Lower "
             "num_samples or sequence_length."
         ) from None

@@ -5,7 +5,7 @@ score means the same thing in both. A prompt is determined by its arguments: the
 depth and phrasing give the same messages. No torch and no tokenizer library is needed: the caller
 passes the tokenizer's `encode`.
 
-What a reader would get wrong: a reply repeats the statement ("The secret code of Otter is 4719."),
+A reply repeats the statement ("The secret code of Otter is 4719."),
 so `is_retrieved` looks at the first number of the reply, not at the whole reply.
 """
 

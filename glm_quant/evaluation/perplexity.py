@@ -1,7 +1,7 @@
 """Strided perplexity: windows of `context` tokens, each moved on by `stride`, scored where new.
 
 Every token but the first is scored exactly once, and (after the first window) with at least
-`context - stride` tokens before it. What a reader would get wrong: losses of neighbouring tokens
+`context - stride` tokens before it. Losses of neighbouring tokens
 are not independent, so the standard error is taken from the windows and not from the tokens.
 """
 
@@ -98,8 +98,8 @@ def window_loss(model: Any, ids: mx.array, window: Window) -> float:
         last = min(first + _ROWS, window.end)
         # The token at t is predicted by the logits at t - 1.
         rows = logits[first - window.begin - 1 : last - window.begin - 1].astype(mx.float32)
-        wanted = mx.take_along_axis(rows, ids[first:last, None], axis=-1)[:, 0]
-        total += cast("float", mx.sum(mx.logsumexp(rows, axis=-1) - wanted).item())
+        target_logits = mx.take_along_axis(rows, ids[first:last, None], axis=-1)[:, 0]
+        total += cast("float", mx.sum(mx.logsumexp(rows, axis=-1) - target_logits).item())
     return total
 
 

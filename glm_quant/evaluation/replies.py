@@ -16,12 +16,12 @@ def chat_ids(tokenizer: Any, content: str, *, thinking: bool) -> list[int]:
 
 def greedy(model: Any, tokenizer: Any, ids: list[int], tokens: int) -> tuple[list[int], bool]:
     """Return at most so many tokens after a prompt, and whether the model ended by itself."""
-    made: list[int] = []
+    reply: list[int] = []
     for token, _ in generate_step(mx.array(ids), model, max_tokens=tokens):
         if int(token) in tokenizer.eos_token_ids:
-            return made, True
-        made.append(int(token))
-    return made, False
+            return reply, True
+        reply.append(int(token))
+    return reply, False
 
 
 def answer_of(reply: str, end: str) -> str:

@@ -1,6 +1,6 @@
 """Load time, generation speed and memory, as a user of stock mlx-lm meets them.
 
-What a reader would get wrong: on a model of 100 GB and more, macOS pages weights out between tokens
+On a model of 100 GB and more, macOS pages weights out between tokens
 unless the wired limit is raised first; mlx-lm's own generation does that, and so does `wired`.
 """
 
@@ -69,15 +69,15 @@ def measure_speed(model: Any, prompt: Sequence[int], generate_tokens: int) -> Sp
     mx.reset_peak_memory()
     begin = time.perf_counter()
     first = begin
-    made = 0
+    generated = 0
     for _ in generate_step(mx.array(list(prompt)), model, max_tokens=generate_tokens):
-        made += 1
-        if made == 1:
+        generated += 1
+        if generated == 1:
             first = time.perf_counter()
     end = time.perf_counter()
     return Speed(
         prompt_tokens=len(prompt),
-        generated_tokens=made,
+        generated_tokens=generated,
         prefill_seconds=round(first - begin, 6),
         decode_seconds=round(end - first, 6),
         mlx_peak_bytes=mx.get_peak_memory(),

@@ -2,7 +2,7 @@
 
 The recipe to begin with says what is quantized, by which quantizer, calibrated on what, and
 everything that is not about bits. What comes out is the same recipe with other bits: its header
-comment says from which numbers. What a reader would get wrong: the budget holds the plan's exact
+comment says from which numbers. The budget holds the plan's exact
 sizes, so the search for bits ends with a plan of the recipe as it was written, and an error if it
 is above the budget.
 """

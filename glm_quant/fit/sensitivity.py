@@ -5,7 +5,7 @@ some tokens: what a user would notice, but every part is encoded in every scheme
 each part in one scheme, and scales that KL for the others by the ratio of errors of a few rows of
 each weight, weighed by the importance of their inputs where there is an imatrix: Σ over matrices of
 ΣE(w - ŵ)² / ΣEw². Trials walk through the source together, as many as memory holds, so that it is
-read once for all of them. What a reader would get wrong: costs
+read once for all of them. Costs
 are added up over parts as if they did not meet, which holds for small errors (HIGGS,
 arXiv:2411.17525).
 

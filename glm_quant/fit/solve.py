@@ -1,7 +1,7 @@
 """The best choice for every part within any budget: a multiple-choice knapsack, solved exactly.
 
 Parts are merged one by one into a front of (bytes, cost): the sums that no other sum beats in both
-(Nemhauser and Ullmann, 1969). What a reader would get wrong: a front that outgrows memory is
+(Nemhauser and Ullmann, 1969). A front that outgrows memory is
 thinned, and then the answer is no longer the optimum but within a stated factor of it; sizes stay
 exact, so no budget is ever exceeded.
 """

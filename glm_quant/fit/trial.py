@@ -53,9 +53,9 @@ class TrialWeights(SourceWeights):
         """Return rows of a matrix."""
         return self._stored(path, super().rows(path, first, count), first)
 
-    def experts(self, layer: int, wanted: Sequence[int]) -> Iterator[tuple[int, list[mx.array]]]:
-        """Yield (expert, [gate, up, down]) in the order of `wanted`; each [out, in]."""
-        for expert, matrices in super().experts(layer, wanted):
+    def experts(self, layer: int, numbers: Sequence[int]) -> Iterator[tuple[int, list[mx.array]]]:
+        """Yield (expert, [gate, up, down]) in the order of `numbers`; each [out, in]."""
+        for expert, matrices in super().experts(layer, numbers):
             yield expert, self.variant_expert(layer, expert, matrices)
 
     def variant_layer(self, index: int, layer: Any) -> Any:

@@ -146,16 +146,16 @@ class StreamedExperts(nn.Module):
     def __call__(self, x: mx.array, chosen: mx.array) -> mx.array:
         """Return each chosen expert's output, [B, L, num_experts_per_tok, hidden_size]."""
         flat = x.reshape(-1, x.shape[-1])
-        wanted = np.array(chosen).reshape(len(flat), -1)
-        out = np.zeros((*wanted.shape, x.shape[-1]), np.float32)
+        experts = np.array(chosen).reshape(len(flat), -1)
+        out = np.zeros((*experts.shape, x.shape[-1]), np.float32)
         for first in range(0, self._args.n_routed_experts, self._count):
             count = min(self._count, self._args.n_routed_experts - first)
-            token, slot = np.nonzero((wanted >= first) & (wanted < first + count))
+            token, slot = np.nonzero((experts >= first) & (experts < first + count))
             if token.size:
-                own = mx.array(wanted[token, slot] - first)[:, None]
-                out[token, slot] = to_numpy(self._block(first, count)(flat[mx.array(token)], own))[
-                    :, 0
-                ]
+                local_experts = mx.array(experts[token, slot] - first)[:, None]
+                out[token, slot] = to_numpy(
+                    self._block(first, count)(flat[mx.array(token)], local_experts)
+                )[:, 0]
         return mx.array(out).reshape(*chosen.shape, -1)
 
     def _block(self, first: int, count: int) -> Any:

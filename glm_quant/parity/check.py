@@ -95,15 +95,15 @@ def check_parity(
         checkpoint, len(tokens)
     )
     tick = _Ticker(progress, max(layers) + 1 + whole)
-    with spooled(checkpoint, scratch) as (near, kept):
+    with spooled(checkpoint, scratch) as (local, spool):
 
         def after_layer() -> None:
-            if kept:
-                kept.forget()
+            if spool:
+                spool.forget()
             tick()
 
         streamed = stream(
-            near,
+            local,
             output,
             tokens,
             layers,
@@ -199,12 +199,12 @@ def whole_model_bytes(checkpoint: Checkpoint, tokens: int) -> int:
     """
     config = checkpoint.config
     sizes = {name: prod(info.shape) for name, info in checkpoint.tensors.items()}
-    kept = sum(size for name, size in sizes.items() if ".mlp.experts." not in name)
+    dense = sum(size for name, size in sizes.items() if ".mlp.experts." not in name)
     states = int(config["num_hidden_layers"]) * (
         6 * int(config["hidden_size"]) + 2 * int(config["index_topk"])
     )
     rows = tokens * (states + 8 * int(config["vocab_size"]))
-    return _FLOAT * (2 * sum(sizes.values()) + kept + rows)
+    return _FLOAT * (2 * sum(sizes.values()) + dense + rows)
 
 
 _RUNTIME = (

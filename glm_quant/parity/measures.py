@@ -1,6 +1,6 @@
 """Distances between what a reference and a candidate compute.
 
-All take numpy arrays with positions on the first axis. What a reader would get wrong: an error is
+All take numpy arrays with positions on the first axis. An error is
 relative to the largest magnitude of the *whole* reference array, not element by element, since a
 logit near zero has no scale of its own.
 """
@@ -60,10 +60,10 @@ def overlap(candidate: Array, reference: Array) -> Array:
         reference: likewise.
     """
     shares = np.ones(len(reference))
-    for row, (ours, theirs) in enumerate(zip(candidate, reference, strict=True)):
-        wanted = theirs[theirs >= 0]
-        if wanted.size:
-            shares[row] = np.isin(wanted, ours).mean()
+    for row, (candidate_row, reference_row) in enumerate(zip(candidate, reference, strict=True)):
+        visible = reference_row[reference_row >= 0]
+        if visible.size:
+            shares[row] = np.isin(visible, candidate_row).mean()
     return shares
 
 
@@ -72,25 +72,26 @@ def overlap(candidate: Array, reference: Array) -> Array:
 TIE = 1e-6
 
 
-def ties(ours: Array, theirs: Array, scores: Array, sizes: Array) -> NDArray[np.bool_]:
+def ties(candidate: Array, reference: Array, scores: Array, sizes: Array) -> NDArray[np.bool_]:
     """Tell for each row whether two choices of the k best are equal but for ties.
 
     A differing entry is tied where its score is within rounding of the k-th best score.
 
     Args:
-        ours: Choices, [rows, k]; -1 marks no entry.
-        theirs: Likewise.
+        candidate: Choices, [rows, k]; -1 marks no entry.
+        reference: Likewise.
         scores: What was chosen by, in float64, [rows, candidates].
         sizes: Magnitudes that the scores were summed from, [rows, candidates].
     """
-    verdict = np.ones(len(ours), np.bool_)
-    for row in np.flatnonzero((np.sort(ours) != np.sort(theirs)).any(axis=-1)):
-        only = np.setxor1d(ours[row], theirs[row])
-        k = theirs.shape[1]
+    verdict = np.ones(len(candidate), np.bool_)
+    for row in np.flatnonzero((np.sort(candidate) != np.sort(reference)).any(axis=-1)):
+        only = np.setxor1d(candidate[row], reference[row])
+        k = reference.shape[1]
         threshold = np.partition(scores[row], -k)[-k]
         close = np.abs(scores[row, only] - threshold) <= TIE * sizes[row, only]
         whole = (
-            len(np.unique(ours[row])) == len(np.unique(theirs[row])) and only.min(initial=0) >= 0
+            len(np.unique(candidate[row])) == len(np.unique(reference[row]))
+            and only.min(initial=0) >= 0
         )
         verdict[row] = whole and bool(close.all())
     return verdict

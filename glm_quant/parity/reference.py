@@ -1,8 +1,8 @@
 """The reference: transformers' `GlmMoeDsaForCausalLM`, on the CPU and in float32.
 
 The only module here that touches torch and transformers, and only once something is asked of it: a
-machine that merely converts has neither. Arrays cross its border as numpy. What a reader would get
-wrong: being transformers is not enough. Releases before its fix #46842 rotate the indexer
+machine that merely converts has neither. Arrays cross its border as numpy. Being transformers is
+not enough. Releases before its fix #46842 rotate the indexer
 half-split, which looks like a small model's noise and is an error; `require_reference` runs the
 installed indexer and looks.
 """
@@ -67,11 +67,11 @@ def indexer_rotation() -> str:
     indexer = model.model.layers[0].self_attn.indexer
     torch.nn.init.normal_(indexer.wq_b.weight)
     torch.nn.init.normal_(indexer.wk.weight)
-    seen: dict[str, Any] = {}
+    calls: dict[str, Any] = {}
 
     def keep(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         names = ("hidden_states", "q_resid")
-        seen.update(dict(zip(names, args, strict=False)) | kwargs, chosen=output)
+        calls.update(dict(zip(names, args, strict=False)) | kwargs, chosen=output)
 
     hook = indexer.register_forward_hook(keep, with_kwargs=True)
     tokens = torch.arange(1, 1 + _PROBE_TOKENS)[None]
@@ -79,9 +79,9 @@ def indexer_rotation() -> str:
         model(tokens)
     hook.remove()
     weights = _weights_of(indexer, model.model.rotary_emb.inv_freq)
-    inputs = seen["hidden_states"][0].numpy(), seen["q_resid"][0].numpy()
+    inputs = calls["hidden_states"][0].numpy(), calls["q_resid"][0].numpy()
     k = config.index_topk
-    chosen = np.sort(seen["chosen"][0].numpy(), axis=-1)[k:]
+    chosen = np.sort(calls["chosen"][0].numpy(), axis=-1)[k:]
     rotations: tuple[Rotation, ...] = ("interleaved", "half-split")
     for rotation in rotations:
         scores, _ = index_scores(weights, *inputs, rotation)
@@ -270,11 +270,11 @@ class ReferenceLayers:
         import torch
 
         layer = self._load(index)
-        seen: dict[str, Any] = {}
+        calls: dict[str, Any] = {}
 
         def keep(name: str) -> Any:
             def hook(_: Any, args: Any, kwargs: Any, output: Any) -> None:
-                seen[name] = (args, kwargs, output)
+                calls[name] = (args, kwargs, output)
 
             return hook
 
@@ -287,28 +287,28 @@ class ReferenceLayers:
         length = len(hidden)
         x = torch.from_numpy(np.ascontiguousarray(hidden))[None]
         mask = torch.full((length, length), torch.finfo(torch.float32).min).triu(1)[None, None]
-        given = None if topk is None else torch.from_numpy(_fill(topk))[None]
+        last_topk = None if topk is None else torch.from_numpy(_fill(topk))[None]
         with torch.no_grad():
             layer(
                 x,
                 attention_mask=mask,
                 position_embeddings=self._rotary(x, torch.arange(length)[None]),
-                prev_topk_indices=given,
+                prev_topk_indices=last_topk,
             )
-        attention, _, chosen = seen["attention"][2]
+        attention, _, chosen = calls["attention"][2]
         selected = chosen[0].numpy().astype(np.int64)
         selected[selected > np.arange(length)[:, None]] = -1
-        experts = seen["gate"][2][2].numpy() if "gate" in seen else None
+        experts = calls["gate"][2][2].numpy() if "gate" in calls else None
         return LayerOutcome(
             attention=attention[0].numpy(),
             middle=(x + attention)[0].numpy(),
-            mlp=seen["mlp"][2][0].numpy(),
+            mlp=calls["mlp"][2][0].numpy(),
             topk=selected,
             experts=experts,
             _layer=layer,
-            _normed=seen["normed"][2][0],
-            _q_resid=seen["q_resid"][2][0],
-            _mlp_input=seen["mlp"][0][0][0],
+            _normed=calls["normed"][2][0],
+            _q_resid=calls["q_resid"][2][0],
+            _mlp_input=calls["mlp"][0][0][0],
             _inverse=self._rotary.inv_freq,
         )
 
@@ -367,8 +367,8 @@ def _streamed_experts(layers: ReferenceLayers, prefix: str) -> Any:
                 inside = (chosen >= first) & (chosen < first + n)
                 if inside.any():
                     # The module skips the index one past its last expert.
-                    own = torch.where(inside, chosen - first, n)
-                    total += layers.experts(prefix, first, n)(hidden, own, weights)
+                    local_experts = torch.where(inside, chosen - first, n)
+                    total += layers.experts(prefix, first, n)(hidden, local_experts, weights)
             return total
 
     return StreamedExperts()

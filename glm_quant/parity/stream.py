@@ -5,7 +5,7 @@ reference layer and our unquantized layer, so an error cannot hide in what came 
 layer is judged alone; the *build's* own hidden states run beside them, so its error is seen to
 grow.
 
-What a reader would get wrong: a swapped key need not be an error. Two implementations in float32
+A swapped key need not be an error. Two implementations in float32
 round differently, and where two keys (or experts) score alike to within that rounding either may
 win. Such a tie is recognised by its scores in float64 and counted, its row is left out of that
 layer's error, and a swap that its scores do not explain breaks the bound however small its effect.
@@ -169,12 +169,12 @@ class _Pass:
 
     def _row(self, index: int, *, compare: bool) -> LayerParity | None:
         state = self.state
-        given = state.reference_topk
-        outcome = self.reference.run(index, state.reference, given)
+        last_topk = state.reference_topk
+        outcome = self.reference.run(index, state.reference, last_topk)
         row = None
         if compare:
             layer = self.ours.layer(index)
-            row = _compare(layer, self.ours, index, state.reference, given, outcome)
+            row = _compare(layer, self.ours, index, state.reference, last_topk, outcome)
         if self.keep:
             self.outcomes.append(outcome)
         state.reference, state.reference_topk = outcome.output, outcome.topk
@@ -201,20 +201,23 @@ class _Pass:
 
 def _compare(
     layer: Any,
-    ours: SourceLayers,
+    source_layers: SourceLayers,
     index: int,
     hidden: Array,
-    given: Array | None,
+    last_topk: Array | None,
     ref: LayerOutcome,
 ) -> LayerParity:
     """Run our layer on the reference's states and compare each block's output."""
     x = mx.array(hidden)[None]
-    kind = ours.args.schedule[index]
+    kind = source_layers.args.schedule[index]
     passed = None
-    if given is not None and len(hidden) > ours.args.index_topk:
-        passed = mx.array(np.where(given < 0, len(hidden) - 1, given))[None]
+    if last_topk is not None and len(hidden) > source_layers.args.index_topk:
+        passed = mx.array(np.where(last_topk < 0, len(hidden) - 1, last_topk))[None]
     attention, topk = layer.self_attn(
-        layer.input_layernorm(x), ours.first_span(), None, passed if kind == "shared" else None
+        layer.input_layernorm(x),
+        source_layers.first_span(),
+        None,
+        passed if kind == "shared" else None,
     )
     tied_keys = wrong_keys = 0
     same = np.ones(len(hidden), bool)

@@ -59,7 +59,7 @@ def whole_logits(
     model = load_unquantized(source, output)
     topk = model.args.index_topk
     followers = follow(model, outcomes)
-    ours = logits_of(model, tokens)
+    logits = logits_of(model, tokens)
     decoded = min(_DECODED, len(tokens) - topk)
     first = (len(tokens) - decoded) // 2
     chunks = [first, len(tokens) - decoded - first, *[1] * decoded]
@@ -67,8 +67,8 @@ def whole_logits(
         follower.row = 0
     cached = logits_of(model, tokens, chunks)
     return LogitParity(
-        below_topk=relative_error(ours[:topk], reference[:topk]),
-        above_topk=relative_error(ours[topk:], reference[topk:]),
+        below_topk=relative_error(logits[:topk], reference[:topk]),
+        above_topk=relative_error(logits[topk:], reference[topk:]),
         cached=relative_error(cached, reference),
         tied=sum(f.tied for f in followers),
         wrong=sum(f.wrong for f in followers),
@@ -110,19 +110,19 @@ class Follower:
         self.tied = 0
         self.wrong = 0
 
-    def settle(self, ours: Array, theirs: Array, scores: Any) -> Array:
+    def settle(self, candidate: Array, reference: Array, scores: Any) -> Array:
         """Count differing rows, and return those that are ties.
 
         Args:
-            ours: Our choices, [L, k], for the rows from `row` on.
-            theirs: The reference's, likewise.
+            candidate: Our choices, [L, k], for the rows from `row` on.
+            reference: The reference's, likewise.
             scores: Returns the scores and magnitudes of all rows.
         """
-        differs = (np.sort(ours) != np.sort(theirs)).any(axis=-1)
+        differs = (np.sort(candidate) != np.sort(reference)).any(axis=-1)
         if not differs.any():
             return differs
-        rows = slice(self.row, self.row + len(ours))
-        tied = differs & ties(ours, theirs, *(part[rows] for part in scores()))
+        rows = slice(self.row, self.row + len(candidate))
+        tied = differs & ties(candidate, reference, *(part[rows] for part in scores()))
         self.tied += int(tied.sum())
         self.wrong += int((differs & ~tied).sum())
         return tied
@@ -135,11 +135,11 @@ class KeyFollower(Follower):
         """Select keys, [1, L, K]."""
         self.row = int(span.past)
         topk = type(self.chooser).select(self.chooser, x, q_latent, keys, span)
-        ours = np.array(topk[0]).astype(np.int64)
-        theirs = self.outcome.topk[self.row : self.row + len(ours)]
-        tied = self.settle(causal(ours, self.row), theirs, self.outcome.index_scores)
+        candidate = np.array(topk[0]).astype(np.int64)
+        reference = self.outcome.topk[self.row : self.row + len(candidate)]
+        tied = self.settle(causal(candidate, self.row), reference, self.outcome.index_scores)
         # Rows that see too few keys were filled up with invisible ones, and never differ by a tie.
-        return mx.array(np.where(tied[:, None], theirs, ours))[None]
+        return mx.array(np.where(tied[:, None], reference, candidate))[None]
 
 
 class ExpertFollower(Follower):
@@ -148,16 +148,16 @@ class ExpertFollower(Follower):
     def __call__(self, x: mx.array) -> tuple[mx.array, mx.array]:
         """Choose experts and their weights, both [1, L, num_experts_per_tok]."""
         chosen, weights = self.chooser(x)
-        ours = np.array(chosen[0]).astype(np.int64)
+        candidate = np.array(chosen[0]).astype(np.int64)
         every = self.outcome.experts
-        theirs = ours if every is None else every[self.row : self.row + len(ours)]
-        tied = self.settle(ours, theirs, self.outcome.expert_scores)
-        self.row += len(ours)
+        reference = candidate if every is None else every[self.row : self.row + len(candidate)]
+        tied = self.settle(candidate, reference, self.outcome.expert_scores)
+        self.row += len(candidate)
         if not tied.any():
             return chosen, weights
         bias = self.chooser.e_score_correction_bias
-        push = np.zeros((len(ours), bias.size), np.float32)
-        np.put_along_axis(push, theirs, 2.0, axis=-1)  # above any sigmoid
+        push = np.zeros((len(candidate), bias.size), np.float32)
+        np.put_along_axis(push, reference, 2.0, axis=-1)  # above any sigmoid
         self.chooser.e_score_correction_bias = bias + mx.array(push * tied[:, None])
         result = self.chooser(x)
         self.chooser.e_score_correction_bias = bias

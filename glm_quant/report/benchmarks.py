@@ -1,6 +1,6 @@
 """What a build and its baselines scored: rows with a column each, and differences with their error.
 
-What a reader would get wrong: a figure of another text, length or machine says nothing here, so a
+A figure of another text, length or machine says nothing here, so a
 baseline that was measured otherwise has no cell in that row.
 """
 
@@ -66,19 +66,19 @@ def public_columns(record: EvaluationRecord, params: int) -> list[PublicBuild]:
 def rows(record: EvaluationRecord, public: Sequence[PublicBuild]) -> list[Row]:
     """Return every figure of this build, beside the public builds' and the baselines'."""
     own, same = record.measurements, comparable(record.measurements)
-    found: list[Row] = []
+    table: list[Row] = []
     others = [(each.measurements, figures(each.measurements)) for each in record.baselines]
     for name, figure in figures(own).items():
         published = figure.published_as if figure.published_as in same else ""
-        told = [build.figures.get(published) for build in public]
-        cells = [NOTHING if value is None else f"{value:.3f}" for value in told]
-        for measured, theirs in others:
-            known = theirs.get(name)
+        published_figures = [build.figures.get(published) for build in public]
+        cells = [NOTHING if value is None else f"{value:.3f}" for value in published_figures]
+        for measured, baseline_figures in others:
+            known = baseline_figures.get(name)
             elsewhere = figure.of_machine and measured.machine != own.machine
             alike = known is not None and known.how == figure.how and not elsewhere
             cells.append(known.text if known is not None and alike else NOTHING)
-        found.append(Row(name, (*cells, figure.text), figure.how))
-    return found
+        table.append(Row(name, (*cells, figure.text), figure.how))
+    return table
 
 
 def figures(measured: Measurements) -> dict[str, Figure]:
@@ -87,11 +87,11 @@ def figures(measured: Measurements) -> dict[str, Figure]:
 
 
 def _losses(measured: Measurements) -> dict[str, Figure]:
-    found: dict[str, Figure] = {}
+    by_name: dict[str, Figure] = {}
     for each in measured.perplexity:
         how = f"{each.tokens:,} tokens; {each.method}; text sha256 {each.text_sha256[:16]}"
         name = f"Perplexity, strided, {each.text}"
-        found[name] = Figure(say.with_error(each.value, each.standard_error), how)
+        by_name[name] = Figure(say.with_error(each.value, each.standard_error), how)
     peer = measured.peer_perplexity
     if peer is not None:
         how = (
@@ -100,15 +100,15 @@ def _losses(measured: Measurements) -> dict[str, Figure]:
         )
         name = f"Perplexity, {peer.dataset}"
         text = say.with_error(peer.value, peer.standard_error)
-        found[name] = Figure(text, how, published_as="peer_perplexity")
-    return found
+        by_name[name] = Figure(text, how, published_as="peer_perplexity")
+    return by_name
 
 
 def _tasks(measured: Measurements) -> dict[str, Figure]:
     harness = measured.harness
     if harness is None:
         return {}
-    found: dict[str, Figure] = {}
+    by_name: dict[str, Figure] = {}
     shots = "the task's own" if harness.shots is None else str(harness.shots)
     for task in harness.tasks:
         how = (
@@ -117,36 +117,36 @@ def _tasks(measured: Measurements) -> dict[str, Figure]:
         )
         name = f"{_task_name(task)} ({task.score.metric})"
         text = say.with_error(task.score.value, task.score.standard_error)
-        found[name] = Figure(text, how, published_as=task.task)
-    return found
+        by_name[name] = Figure(text, how, published_as=task.task)
+    return by_name
 
 
 def _outputs(measured: Measurements) -> dict[str, Figure]:
-    found: dict[str, Figure] = {}
+    by_name: dict[str, Figure] = {}
     needle, coherence = measured.needle, measured.coherence
     if needle is not None:
         low, high = needle.interval()
         text = f"{say.percent(needle.score)} ({say.percent(low)} to {say.percent(high)})"
         how = f"{len(needle.trials):,} prompts, 95 % interval; {needle.method}"
-        found["Needle retrieval"] = Figure(text, how)
+        by_name["Needle retrieval"] = Figure(text, how)
     if coherence is not None:
         tokens = max(output.tokens for output in coherence.outputs)
         how = f"up to {tokens:,} tokens each; {coherence.method}"
         text = f"{coherence.loops} of {len(coherence.outputs)}"
-        found["Long outputs that end in a loop"] = Figure(text, how)
+        by_name["Long outputs that end in a loop"] = Figure(text, how)
         share = say.percent(coherence.repeated_share)
         how = f"of {coherence.ngram}-grams, in the worst output"
-        found["Repeated share of long outputs"] = Figure(share, how)
-    return found
+        by_name["Repeated share of long outputs"] = Figure(share, how)
+    return by_name
 
 
 def _speeds(measured: Measurements) -> dict[str, Figure]:
-    found: dict[str, Figure] = {}
+    by_name: dict[str, Figure] = {}
     for speed in measured.speed:
         after = f"after {speed.prompt_tokens:,} tokens"
-        how = "" if found else f"greedy, one sequence, {speed.generated_tokens:,} tokens made"
-        found[f"Generation {after}, tok/s"] = Figure(f"{speed.decode_rate:.2f}", how, True)
-    return found
+        how = "" if by_name else f"greedy, one sequence, {speed.generated_tokens:,} tokens made"
+        by_name[f"Generation {after}, tok/s"] = Figure(f"{speed.decode_rate:.2f}", how, True)
+    return by_name
 
 
 def _task_name(task: HarnessTask) -> str:

@@ -1,6 +1,6 @@
 """The model card: README.md and its charts, from records and nothing else.
 
-What a reader would get wrong: the Hub's Markdown strikes text through between two bare tildes and
+The Hub's Markdown strikes text through between two bare tildes and
 drops what looks like a tag, so text that comes from outside goes through `escape`.
 """
 
@@ -74,10 +74,10 @@ class _Facts:
     @property
     def base_model(self) -> str | None:
         """The Hub's name of the model that was quantized, where it has one."""
-        given = self.inputs.recipe.publish.base_model
-        if given is None and self.source.uri.startswith("hf://"):
+        named_models = self.inputs.recipe.publish.base_model
+        if named_models is None and self.source.uri.startswith("hf://"):
             return self.source.uri.removeprefix("hf://").partition("@")[0]
-        return given
+        return named_models
 
     def params_of(self, group: str) -> int:
         """Return the parameters of a component group."""
@@ -127,8 +127,8 @@ def make_charts(inputs: CardInputs) -> list[charts.Chart]:
     plan, needle = facts.plan, facts.measured.needle
     needs = memory_needs(plan.geometry, plan.tensor_bytes, plan.context_limit)
     shown = [recipe_chart(plan.groups), divergence_chart(facts.divergence.rows)]
-    own = f"This build, {plan.bits_per_weight:.2f} bpw"
-    shown.append(footprint_chart(own, plan.tensor_bytes, _other_sizes(facts)))
+    label = f"This build, {plan.bits_per_weight:.2f} bpw"
+    shown.append(footprint_chart(label, plan.tensor_bytes, _other_sizes(facts)))
     if needle is not None:
         shown.append(needle_chart(needle))
     if len(inputs.layer_errors) > 1:
@@ -176,16 +176,16 @@ def _losses(
 
     Empty where no baseline has the measure.
     """
-    found = {each.baseline: each for each in comparisons if each.measure == measure}
+    by_baseline = {each.baseline: each for each in comparisons if each.measure == measure}
     others = [
-        (each.name, each.measurements.load.mlx_bytes, found[each.name].baseline_value)
+        (each.name, each.measurements.load.mlx_bytes, by_baseline[each.name].baseline_value)
         for each in facts.evaluation.baselines
-        if each.name in found
+        if each.name in by_baseline
     ]
     if not others:
         return []
-    own = next(iter(found.values())).value
-    return [("this build", facts.measured.load.mlx_bytes, own), *others]
+    build_loss = next(iter(by_baseline.values())).value
+    return [("this build", facts.measured.load.mlx_bytes, build_loss), *others]
 
 
 def escape(text: str) -> str:

@@ -1,6 +1,6 @@
 """What the charts share: themes, files, titles. Only the modules of charts use matplotlib.
 
-What a reader would get wrong: cards are read on phones, where 1,400 pixels shrink to 360, so type
+Cards are read on phones, where 1,400 pixels shrink to 360, so type
 is 13 points on a figure 7 inches wide. Files are the same bytes for the same data.
 """
 

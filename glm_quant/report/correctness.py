@@ -60,12 +60,12 @@ def _runtime(record: ParityRecord) -> list[ParityRow]:
     ]
     if record.logits is None:
         return rows
-    seen = (
+    comparisons = (
         ("logits, short", f"context up to {record.index_topk:,} tokens", record.logits.below_topk),
         ("logits, long", "longer context, where the indexer selects", record.logits.above_topk),
         ("logits, cached", "prefill in chunks, then token by token", record.logits.cached),
     )
-    for label, where, value in seen:
+    for label, where, value in comparisons:
         how = f"every position, {prompt}"
         rows.append(ParityRow(label, f"Logits, unquantized: {where}", value, most, how))
     return rows

@@ -65,12 +65,12 @@ def main_scheme(plan: PlanFacts) -> str:
 
 def _quantization(plan: PlanFacts) -> dict[str, Any]:
     """Return how most parameters are stored, under the names of config.json, and the mean."""
-    found: dict[str, Any] = {"bits_per_weight": round(plan.bits_per_weight, 5)}
+    quantization: dict[str, Any] = {"bits_per_weight": round(plan.bits_per_weight, 5)}
     bits, _, rest = main_scheme(plan).partition("-bit")
     if rest:
         group_size = rest.strip().partition(" ")[0].removeprefix("g")
-        found = {"bits": int(bits), "group_size": int(group_size), **found}
-    return found
+        quantization = {"bits": int(bits), "group_size": int(group_size), **quantization}
+    return quantization
 
 
 def _tags(plan: PlanFacts) -> list[str]:
@@ -131,8 +131,8 @@ def _scores(measured: Measurements) -> list[EvalResult]:
         for task in measured.harness.tasks:
             arguments = {"limit": measured.harness.limit, "shots": measured.harness.shots}
             metric = (task.score.metric, task.score.metric)
-            own = task.dataset_sha256 is None
-            dataset = (task.dataset, task.task if own else task.dataset)
+            is_local = task.dataset_sha256 is None
+            dataset = (task.dataset, task.task if is_local else task.dataset)
             results.append(_result(dataset, arguments, metric, task.score.value))
     return results
 

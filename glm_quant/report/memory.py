@@ -1,6 +1,6 @@
 """How much memory a build needs at which context, from its dims alone.
 
-What a reader would get wrong: a machine sold as "256 GB" has 256 · 2³⁰ bytes = 274.9 GB, while file
+A machine sold as "256 GB" has 256 · 2³⁰ bytes = 274.9 GB, while file
 sizes count 10⁹; here everything is bytes and only the labels round.
 """
 
@@ -170,7 +170,7 @@ class MachineFit:
 
 def machine_fits(geometry: Geometry, weight_bytes: int, limit: int) -> list[MachineFit]:
     """Return what each machine can hold."""
-    known = machines()
+    specs = machines()
 
     def longest(available: float, narrow: bool = False) -> int:
         def need(context: int) -> float:
@@ -182,16 +182,16 @@ def machine_fits(geometry: Geometry, weight_bytes: int, limit: int) -> list[Mach
         return bisect_right(contexts, available, key=need) * _STEP
 
     fits: list[MachineFit] = []
-    for gigabytes in known.gigabytes:
+    for gigabytes in specs.gigabytes:
         memory = machine_bytes(gigabytes)
-        left = memory - reserved_bytes()
+        free = memory - reserved_bytes()
         narrow = cache_8bit_bytes_per_token(geometry) is not None
         fits.append(
             MachineFit(
                 gigabytes,
-                longest(memory * known.wired_share),
-                longest(left),
-                longest(left, narrow=True) if narrow else None,
+                longest(memory * specs.wired_share),
+                longest(free),
+                longest(free, narrow=True) if narrow else None,
             )
         )
     return fits

@@ -6,7 +6,7 @@ mirror the runtime (`glm_quant.model.glm_moe_dsa`): its choice between expanded 
 attention, its blocks of at most BLOCK_ELEMENTS, and mlx-lm's SwitchGLU. A test holds the result
 against `mx.get_peak_memory()` on small models.
 
-What a reader would get wrong: the largest chunk need not be the last, since short contexts are
+The largest chunk need not be the last, since short contexts are
 attended to with expanded keys, which take more memory than the gathered ones of long contexts.
 """
 

@@ -1,6 +1,6 @@
 """What other public builds' own cards say: sizes for a chart, figures beside those measured here.
 
-What a reader would get wrong: a figure of another card stands beside ours only where the protocol
+A figure of another card stands beside ours only where the protocol
 is the same, to the number of samples and the seed. It was not measured here, and the card says so.
 """
 
@@ -65,18 +65,18 @@ def public_builds() -> PublicBuilds:
 
 def builds_of(params: int) -> tuple[PublicBuild, ...]:
     """Return the public builds of a model with so many parameters."""
-    known = public_builds()
-    return known.builds if params == known.params else ()
+    public = public_builds()
+    return public.builds if params == public.params else ()
 
 
 def comparable(measured: Measurements) -> set[str]:
     """Return the figures of a build that were measured as the published ones were."""
-    protocol, found = public_builds().protocol, set[str]()
+    protocol, names = public_builds().protocol, set[str]()
     peer, harness = measured.peer_perplexity, measured.harness
     if peer is not None:
         asked = (protocol.dataset, protocol.sequence_length, protocol.samples, protocol.seed)
         if (peer.dataset, peer.sequence_length, peer.samples, peer.seed) == asked:
-            found.add("peer_perplexity")
+            names.add("peer_perplexity")
     if harness is not None and (harness.shots, harness.limit) == (protocol.shots, protocol.limit):
-        found |= {task.task for task in harness.tasks if task.dataset_sha256 is None}
-    return found
+        names |= {task.task for task in harness.tasks if task.dataset_sha256 is None}
+    return names

@@ -124,16 +124,16 @@ class Point:
     said: str
 
 
-def bits_chart(title: str, labels: tuple[str, str], own: Point, others: Sequence[Point]) -> Chart:
+def bits_chart(title: str, labels: tuple[str, str], build: Point, others: Sequence[Point]) -> Chart:
     """Chart what bits buy: a loss against what a build takes.
 
     Args:
         title: of the chart.
         labels: what `cost` and `loss` are.
-        own: this build.
+        build: this build.
         others: baselines that were measured on the same tokens.
     """
-    points = sorted([own, *others], key=lambda point: point.cost)
+    points = sorted([build, *others], key=lambda point: point.cost)
 
     def draw(figure: Figure, theme: Theme) -> None:
         axes = figure.subplots()
@@ -145,19 +145,19 @@ def bits_chart(title: str, labels: tuple[str, str], own: Point, others: Sequence
         axes.plot(x, y, color=theme.muted, linewidth=1.5, zorder=1)
         middle = (x[0] + x[-1]) / 2
         for number, point in enumerate(points):
-            ours = point is own
-            colour = theme.accent if ours else theme.second
+            is_build = point is build
+            colour = theme.accent if is_build else theme.second
             axes.scatter(point.cost, point.loss, s=90, color=colour, zorder=2)
-            left = point.cost <= middle
+            is_left = point.cost <= middle
             # Its words go inwards, on the side of the line to the neighbour that is free.
-            beside = y[min(number + 1, len(y) - 1) if left else max(number - 1, 0)]
+            beside = y[min(number + 1, len(y) - 1) if is_left else max(number - 1, 0)]
             below = beside > point.loss
             axes.annotate(
                 f"{point.name}\n{point.said}",
-                (point.cost, point.loss), (10 if left else -10, -8 if below else 8),
-                textcoords="offset points", ha="left" if left else "right", fontsize=11.5,
+                (point.cost, point.loss), (10 if is_left else -10, -8 if below else 8),
+                textcoords="offset points", ha="left" if is_left else "right", fontsize=11.5,
                 va="top" if below else "bottom",
-                color=colour, weight="bold" if ours else "normal", bbox=halo(theme), zorder=3,
+                color=colour, weight="bold" if is_build else "normal", bbox=halo(theme), zorder=3,
             )  # fmt: skip
         axes.set(facecolor="none", xlabel=labels[0], ylabel=labels[1])
         axes.set_ylim(0, max(y) * 1.35)

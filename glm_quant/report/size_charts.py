@@ -87,12 +87,14 @@ def footprint_chart(name: str, size_bytes: int, others: Sequence[tuple[str, floa
         axes = figure.subplots()
         title = "Size on disk, and what machines hold" if shown else "Size on disk"
         head(figure, theme, title)
-        for y, (label, value, ours) in enumerate(rows):
-            axes.barh(y, value, color=theme.accent if ours else theme.muted, height=0.38, zorder=2)
-            weight = "bold" if ours else "normal"
+        for y, (label, value, is_build) in enumerate(rows):
+            axes.barh(
+                y, value, color=theme.accent if is_build else theme.muted, height=0.38, zorder=2
+            )
+            weight = "bold" if is_build else "normal"
             axes.text(0, y - 0.24, label, va="bottom", fontsize=11.5, weight=weight, zorder=1.5,
                       bbox=halo(theme))  # fmt: skip
-            ink = theme.paper if ours else theme.ink
+            ink = theme.paper if is_build else theme.ink
             axes.text(value - 0.007 * limit, y, say.size(value), va="center", ha="right",
                       fontsize=10.5, color=ink, zorder=4)  # fmt: skip
         axes.set(xlim=(0, limit), ylim=(len(rows) - 0.65, -1.1 if shown else -0.75))
@@ -101,9 +103,11 @@ def footprint_chart(name: str, size_bytes: int, others: Sequence[tuple[str, floa
 
     fitting = [g for g in shown if machine_bytes(g) > size_bytes]
     least = f"the smallest machine that holds it has {fitting[0]} GB" if fitting else "too large"
-    listed = ", ".join(f"{label} {say.size(value)}" for label, value, ours in rows if not ours)
-    own = say.size(size_bytes) + (f" ({least})" if shown else "")
-    alt = f"Size on disk: this build is {own}; others: {listed}"
+    listed = ", ".join(
+        f"{label} {say.size(value)}" for label, value, is_build in rows if not is_build
+    )
+    label_text = say.size(size_bytes) + (f" ({least})" if shown else "")
+    alt = f"Size on disk: this build is {label_text}; others: {listed}"
     return Chart("footprint", alt, (1.3 if shown else 0.95) + 0.62 * len(rows), draw)
 
 
@@ -119,11 +123,11 @@ def memory_chart(needs: Sequence[MemoryNeed]) -> Chart:
         figure.subplots_adjust(bottom=0.6 / height)
         colours = (theme.accent, theme.second, theme.third, theme.fourth)
         for y, need in enumerate(needs):
-            left = 0
+            offset = 0
             for value, colour in zip(_parts(need), colours, strict=True):
-                axes.barh(y, value, left=left, color=colour, height=0.4, zorder=2)
-                left += value
-            label = f"{say.tokens(need.context)} tokens: {say.size(left)}"
+                axes.barh(y, value, left=offset, color=colour, height=0.4, zorder=2)
+                offset += value
+            label = f"{say.tokens(need.context)} tokens: {say.size(offset)}"
             if shown:
                 label += f" · {_left(need)}"
             axes.text(0, y - 0.26, label, va="bottom", fontsize=11.5, zorder=1.5, bbox=halo(theme))

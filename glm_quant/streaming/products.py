@@ -34,10 +34,10 @@ def _exchange(leaf: Any) -> Any:
     better = {nn.Linear: _Linear, MultiLinear: _MultiLinear}.get(type(leaf))
     if better is None:
         return leaf
-    other = better.__new__(better)
-    nn.Module.__init__(other)
-    dict.update(other, leaf)  # a module is a dict of its parameters
-    return other
+    replacement = better.__new__(better)
+    nn.Module.__init__(replacement)
+    dict.update(replacement, leaf)  # a module is a dict of its parameters
+    return replacement
 
 
 class _Linear(nn.Linear):

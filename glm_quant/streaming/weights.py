@@ -3,7 +3,7 @@
 A layer comes as the runtime's own module without its routed experts; those come one at a time, read
 ahead from disk or network. Quantized weights are expanded to the float32 values that they stand
 for, so that source and build run through the same code and differ in nothing but their weights.
-What a reader would get wrong: expanding is exact only with float32 scales; in bfloat16, as
+Expanding is exact only with float32 scales; in bfloat16, as
 `mx.dequantize` does it by itself, each weight would be rounded once more.
 """
 
@@ -79,10 +79,10 @@ class Weights(ABC):
         out = np.empty((len(tokens), self.args.hidden_size), np.float32)
         for first in range(0, self.args.vocab_size, _TABLE_ROWS):
             count = min(_TABLE_ROWS, self.args.vocab_size - first)
-            here = np.flatnonzero((tokens >= first) & (tokens < first + count))
-            if here.size:
+            positions = np.flatnonzero((tokens >= first) & (tokens < first + count))
+            if positions.size:
                 table = self.rows("model.embed_tokens", first, count)
-                out[here] = np.array(table[mx.array(tokens[here] - first)])
+                out[positions] = np.array(table[mx.array(tokens[positions] - first)])
         return out
 
     def head(self, first: int, count: int) -> mx.array:
@@ -110,16 +110,16 @@ class Weights(ABC):
         leaves = ("weight", "scales", "biases") if self.scheme(path) else ("weight",)
         return {leaf: tensors[f"{path}.{leaf}"] for leaf in leaves if f"{path}.{leaf}" in tensors}
 
-    def experts(self, layer: int, wanted: Sequence[int]) -> Iterator[tuple[int, list[mx.array]]]:
-        """Yield (expert, [gate, up, down]) in the order of `wanted`; each [out, in]."""
+    def experts(self, layer: int, numbers: Sequence[int]) -> Iterator[tuple[int, list[mx.array]]]:
+        """Yield (expert, [gate, up, down]) in the order of `numbers`; each [out, in]."""
         path = f"model.layers.{layer}.mlp.switch_mlp"
         with ThreadPoolExecutor(AHEAD, thread_name_prefix="expert") as pool:
             ahead: deque[Future[list[_Fetched]]] = deque()
             started = 0
             try:
-                for expert in wanted:
-                    while started < len(wanted) and len(ahead) < AHEAD:
-                        ahead.append(pool.submit(self._fetch, layer, wanted[started]))
+                for expert in numbers:
+                    while started < len(numbers) and len(ahead) < AHEAD:
+                        ahead.append(pool.submit(self._fetch, layer, numbers[started]))
                         started += 1
                     fetched = ahead.popleft().result()
                     yield (
@@ -208,8 +208,8 @@ class SourceWeights(Weights):
             for name in self.checkpoint.tensors
             if name.startswith(prefix) and ".mlp.experts." not in name
         }
-        made: dict[str, mx.array] = self._shell.sanitize(stored)
-        return {name.removeprefix(prefix): w.astype(mx.float32) for name, w in made.items()}
+        parameters: dict[str, mx.array] = self._shell.sanitize(stored)
+        return {name.removeprefix(prefix): w.astype(mx.float32) for name, w in parameters.items()}
 
 
 class BuildWeights(Weights):
@@ -238,8 +238,8 @@ class BuildWeights(Weights):
         """Return the scheme by mlx-lm's rule: a path's own, or the general one if it has scales."""
         if f"{path}.scales" not in self.checkpoint.tensors:
             return None
-        own = self._schemes.get(path)
-        chosen = own if isinstance(own, dict) else self._schemes
+        module_scheme = self._schemes.get(path)
+        chosen = module_scheme if isinstance(module_scheme, dict) else self._schemes
         return {key: chosen[key] for key in ("group_size", "bits", "mode") if key in chosen}
 
     def expert_parts(self, layer: int, expert: int, projection: str) -> dict[str, TensorInfo]:
@@ -249,15 +249,15 @@ class BuildWeights(Weights):
 
     def values(self, prefix: str, names: Sequence[str]) -> Mapping[str, mx.array]:
         """Return the parameters, expanded."""
-        found: dict[str, mx.array] = {}
+        parameters: dict[str, mx.array] = {}
         for name in names:
             path, _, leaf = f"{prefix}{name}".rpartition(".")
             if leaf == "weight":
                 parts = {k: self.checkpoint.read_at(i) for k, i in self.parts(path).items()}
-                found[name] = self._expand(path, parts)
+                parameters[name] = self._expand(path, parts)
             else:
-                found[name] = self.checkpoint.read(f"{path}.{leaf}").astype(mx.float32)
-        return found
+                parameters[name] = self.checkpoint.read(f"{path}.{leaf}").astype(mx.float32)
+        return parameters
 
 
 def _decode(info: TensorInfo, data: bytes) -> mx.array:
