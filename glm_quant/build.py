@@ -19,9 +19,16 @@ from glm_quant.errors import RecipeError
 from glm_quant.hub import DEFAULT_WINDOW, open_source, open_target
 from glm_quant.hub.retry import Patience
 from glm_quant.hub.target import Target
+from glm_quant.ownership import (
+    Owner,
+    absolute_place,
+    require_owner,
+    source_identity,
+    source_name,
+)
 from glm_quant.quantize.convert import Conversion
 from glm_quant.quantize.plan import make_plan
-from glm_quant.recipe import S3_PLACE, RecordsSettings, load_recipe
+from glm_quant.recipe import S3_PLACE, Recipe, RecordsSettings, load_recipe
 from glm_quant.workspace import Workspace, existing_workspace
 
 if TYPE_CHECKING:
@@ -41,7 +48,10 @@ class BuildSpec(BaseModel):
     source: str | None = Field(
         default=None, description="folder or URI of the checkpoint; default: the recipe's source"
     )
-    workspace: str = Field(default="workspace", description="folder in which the build is made")
+    workspace: str | None = Field(
+        default=None,
+        description="folder in which the build is made; default: workspace/SOURCE-RECIPE",
+    )
     output: str | None = Field(
         default=None, description="folder of the checkpoint; default: checkpoint/ in the workspace"
     )
@@ -64,6 +74,11 @@ class BuildSpec(BaseModel):
         pattern=S3_PLACE,
         description="s3://bucket/prefix, one for each build: its records are copied there, so that "
         "another machine can take it over; default: the recipe's",
+    )
+    replace: bool = Field(
+        default=False,
+        description="make it in the place of another recipe's or another source's build, if the "
+        "workspace holds one; an edited recipe and a new commit need no such word",
     )
     approval: bool = Field(
         default=False, description="ask for a person's word before anything is published"
@@ -111,11 +126,7 @@ class Build:
         """
         self.spec = spec
         self.recipe = load_recipe(spec.recipe)
-        source = spec.source or self.recipe.source
-        if source is None:
-            raise RecipeError(
-                f"{self.recipe.file}: the recipe names no source. Give one with --source."
-            )
+        source = _source_of(spec, self.recipe)
         self.workspace = workspace_of(spec)
         self.checkpoint = Checkpoint(open_source(source, self.workspace, spec.window))
         self.targets = tuple(dict.fromkeys((*self.recipe.publish.targets, *spec.targets)))
@@ -204,7 +215,51 @@ def targets_of(spec: BuildSpec) -> tuple[str, ...]:
 def workspace_of(spec: BuildSpec) -> Workspace:
     """Return the paths of a build, without opening it."""
     output = Path(spec.output).expanduser().absolute() if spec.output else None
-    return Workspace(Path(spec.workspace).expanduser().absolute(), output)
+    folder = Path(spec.workspace).expanduser() if spec.workspace else _default_workspace(spec)
+    return Workspace(folder.absolute(), output)
+
+
+def _default_workspace(spec: BuildSpec) -> Path:
+    recipe = load_recipe(spec.recipe)
+    return Path("workspace") / f"{source_name(_source_of(spec, recipe))}-{recipe.name}"
+
+
+def _source_of(spec: BuildSpec, recipe: Recipe) -> str:
+    source = spec.source or recipe.source
+    if source is None:
+        raise RecipeError(f"{recipe.file}: the recipe names no source. Give one with --source.")
+    return source
+
+
+def _take_workspace(spec: BuildSpec, keep: bool) -> None:
+    """Refuse a workspace that is another build's; if wanted, write down that it is this one's."""
+    recipe, workspace = load_recipe(spec.recipe), workspace_of(spec)
+    source = _source_of(spec, recipe)
+    owner = Owner(
+        recipe=recipe.name,
+        source=source_identity(source),
+        spec=_absolute(spec, source, workspace).model_dump(mode="json"),
+    )
+    require_owner(workspace, owner, source, spec.replace)
+    if keep:
+        owner.save(workspace)
+
+
+def _absolute(spec: BuildSpec, source: str, workspace: Workspace) -> BuildSpec:
+    """Return a spec that means the same in any folder, and replaces nothing."""
+    recipe = Path(spec.recipe).expanduser()
+    return spec.model_copy(
+        update={
+            "recipe": str(recipe.absolute()) if recipe.is_file() else spec.recipe,
+            "source": absolute_place(source),
+            "workspace": str(workspace.root),
+            "output": str(workspace.output) if workspace.output else None,
+            "reuse": tuple(map(absolute_place, spec.reuse)),
+            "targets": tuple(map(absolute_place, spec.targets)),
+            "baselines": {name: absolute_place(at) for name, at in spec.baselines.items()},
+            "replace": False,
+        }
+    )
 
 
 @contextmanager
@@ -216,13 +271,15 @@ def claimed(spec: BuildSpec, shared: bool = False) -> Generator[None]:
         shared: its records are those in S3, if the spec or the recipe wants them there.
 
     Raises:
-        OutputError: the workspace holds something else.
+        OutputError: the workspace holds something else, or another build.
         BusyError: another process works in it, or another machine on the build.
         PublishError: the records in S3 cannot be reached.
     """
     workspace = workspace_of(spec)
     workspace.create()
     with workspace.locked(), _sharing(spec) if shared else nullcontext():
+        if shared:
+            _take_workspace(spec, keep=True)
         try:
             yield
         finally:
@@ -263,4 +320,4 @@ def require_free(spec: BuildSpec) -> None:
     workspace = workspace_of(spec)
     workspace.create()
     with workspace.locked(), _sharing(spec):
-        return
+        _take_workspace(spec, keep=False)

@@ -101,6 +101,23 @@ class Made:
         self.conversion.clean()
 
 
+def run_command(
+    *arguments: str | Path, expect: int = 0, folder: Path | None = None
+) -> subprocess.CompletedProcess[str]:
+    """Run `glm-quant` as a user does, to its end, and hold it to an exit code."""
+    program = Path(sys.executable).with_name("glm-quant")
+    done = subprocess.run(
+        [program, *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=600,
+        cwd=folder,
+    )
+    assert done.returncode == expect, done.stdout + done.stderr
+    return done
+
+
 def leave_litter(folder: Path) -> None:
     """Leave in a folder what macOS, Windows and Linux leave there."""
     for name in (".DS_Store", "Thumbs.db", "desktop.ini", "._notes.txt"):

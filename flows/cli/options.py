@@ -14,6 +14,9 @@ Reuse = Annotated[
     list[str] | None,
     typer.Option(help="Workspace or output of another build to copy from; may be given again."),
 ]
+Replace = Annotated[
+    bool, typer.Option(help="Make it where a build of another recipe or source stands.")
+]
 RecipeOption = Annotated[str, typer.Option(help="Path of a .yaml file, or a name in recipes/.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
 Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Show logs and tracebacks.")]

@@ -10,7 +10,7 @@ import typer
 
 from flows.api_address import connect_if_there
 from flows.cli.display import StageDisplay
-from flows.cli.options import Json, RecipeOption, Reuse, Source, Verbose, Window
+from flows.cli.options import Json, RecipeOption, Replace, Reuse, Source, Verbose, Window
 from flows.cli.stopping import stopping_in_order
 from flows.cli.terminal import ERRORS, OUT, errors_in_one_screen, print_json
 from flows.environment import prepare
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 def demo(
     workspace: Annotated[Path, typer.Option(help="Folder to work in.")] = Path("workspace/demo"),
+    replace: Replace = False,
     verbose: Verbose = False,
     as_json: Json = False,
 ) -> None:
@@ -41,6 +42,7 @@ def demo(
         workspace=str(workspace),
         targets=(str(workspace / "published" / "tiny-glm-mlx"),),
         baselines={yardstick: str(baseline)},
+        replace=replace,
     )
     with errors_in_one_screen(verbose), stopping_in_order(ERRORS):
         require_free(spec)
@@ -59,7 +61,10 @@ def _s3_place(value: str | None) -> str | None:
 def run(
     recipe: Annotated[str, typer.Argument(help="Path of a .yaml file, or a name in recipes/.")],
     source: Source = None,
-    workspace: Annotated[Path, typer.Option(help="Folder to work in.")] = Path("workspace"),
+    workspace: Annotated[
+        Path | None,
+        typer.Option(help="Folder to work in; default: workspace/SOURCE-RECIPE, by both names."),
+    ] = None,
     publish: Annotated[
         list[str] | None, typer.Option(help="Where to publish; may be given again.")
     ] = None,
@@ -76,6 +81,7 @@ def run(
             callback=_s3_place,
         ),
     ] = None,
+    replace: Replace = False,
     verbose: Verbose = False,
     as_json: Json = False,
 ) -> None:
@@ -85,12 +91,13 @@ def run(
     spec = BuildSpec(
         recipe=recipe,
         source=source,
-        workspace=str(workspace),
+        workspace=str(workspace) if workspace else None,
         window=window,
         reuse=tuple(reuse or ()),
         targets=tuple(publish or ()),
         baselines=baselines,
         records=records,
+        replace=replace,
     )
     release_build(spec, verbose, as_json)
 
@@ -102,11 +109,15 @@ def convert(
     workers: Annotated[int | None, typer.Option(help="Threads; default: one a core.")] = None,
     window: Window = DEFAULT_WINDOW,
     reuse: Reuse = None,
+    replace: Replace = False,
     verbose: Verbose = False,
     as_json: Json = False,
 ) -> None:
     """Plan, quantize, assemble, and no more: the drop-in for mlx_lm.convert."""
     with errors_in_one_screen(verbose), stopping_in_order(ERRORS):
+        from glm_quant.quantize.command import require_output_free
+
+        require_output_free(source, recipe, output, replace)
         summary = _convert(source, recipe, output, workers, window, reuse or ())
         if as_json:
             print_json(summary.model_dump())

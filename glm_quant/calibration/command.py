@@ -13,7 +13,7 @@ from glm_quant.calibration.build_calibration import (
 )
 from glm_quant.calibration.one_pass import source_bytes
 from glm_quant.checkpoint.source import Source
-from glm_quant.quantize.command import OpenConversion, open_conversion
+from glm_quant.quantize.command import OpenConversion, open_conversion, owner_of
 from glm_quant.quantize.convert import Watcher
 
 
@@ -49,6 +49,7 @@ def open_calibrated(
             together = converts_too(opened.checkpoint, wanting)
             beside = source_bytes(opened.checkpoint, workspace) if together else 0
             opened.conversion.check_space(source_bytes=beside)
+            owner_of(wanting, opened.checkpoint.source.uri).save(workspace)
             watcher.begin("calibrate")
             record = calibrate_build(
                 opened.checkpoint,

@@ -16,6 +16,7 @@ from glm_quant.checkpoint.reader import Checkpoint
 from glm_quant.checkpoint.source import Source
 from glm_quant.errors import OutputError
 from glm_quant.litter import entries
+from glm_quant.ownership import Owner, require_owner, source_identity
 from glm_quant.quantize.assemble import assemble
 from glm_quant.quantize.convert import Conversion, Watcher
 from glm_quant.quantize.plan import PlannedShard, make_plan
@@ -104,6 +105,7 @@ def convert_to_folder(opened: OpenConversion, watcher: Watcher) -> ConvertSummar
     """
     opened.workspace.create()
     with opened.workspace.locked():
+        owner_of(opened.recipe, opened.checkpoint.source.uri).save(opened.workspace)
         opened.conversion.check_space()
         with opened.conversion as working:
             for shard in range(len(opened.shards)):
@@ -114,6 +116,20 @@ def convert_to_folder(opened: OpenConversion, watcher: Watcher) -> ConvertSummar
         opened.conversion.clean()
         opened.workspace.pin.unlink(missing_ok=True)
     return _summary(opened.output, manifest)
+
+
+def require_output_free(source: str, recipe: str, output: Path, replace: bool) -> None:
+    """Refuse an output where the build of another recipe or source stands.
+
+    Raises:
+        OutputError: one does, and `replace` is not given.
+    """
+    require_owner(workspace_beside(output), owner_of(load_recipe(recipe), source), source, replace)
+
+
+def owner_of(recipe: Recipe, source: str) -> Owner:
+    """Return whose an output is that a conversion makes."""
+    return Owner(recipe=recipe.name, source=source_identity(source))
 
 
 def _summary(output: Path, manifest: Manifest) -> ConvertSummary:

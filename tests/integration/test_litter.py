@@ -1,22 +1,15 @@
 """Commands in folders that an operating system or a person left something in."""
 
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
-from tests.conftest import leave_litter
+from tests.conftest import leave_litter, run_command
 from tests.plain import PLAIN
 
 
 def glm_quant(*arguments: str | Path) -> str:
     """Run a command to its good end; return what it printed."""
-    program = Path(sys.executable).with_name("glm-quant")
-    done = subprocess.run(
-        [program, *map(str, arguments)], capture_output=True, text=True, check=False, timeout=300
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
+    return run_command(*arguments).stdout
 
 
 def test_convert_and_verify_on_a_disk_that_was_looked_at(small_copy: Path, tmp_path: Path) -> None:
