@@ -41,12 +41,12 @@ class Owner(BaseModel):
         path = workspace.records / OWNER_NAME
         try:
             return cls.model_validate_json(unseal(path.read_bytes(), path))
-        except (FileNotFoundError, IntegrityError, ValidationError):
+        except (OSError, IntegrityError, ValidationError):
             pass
         try:  # a finished build says it too
             manifest = load_manifest(workspace.checkpoint)
             return cls(recipe=str(manifest.recipe["name"]), source=source_identity(manifest.source))
-        except (CheckpointError, KeyError):
+        except (OSError, CheckpointError, KeyError):
             return None
 
     def save(self, workspace: Workspace) -> None:

@@ -52,13 +52,16 @@ def workspace_beside(output: Path) -> "Workspace":
 
 
 def existing_workspace(folder: str) -> "Workspace":
-    """Return the workspace that a folder is, or that a conversion into the folder had.
+    """Return the workspace that a folder is, or whose checkpoint it is.
 
     Raises:
         InputError: it is neither.
     """
     path = Path(folder).expanduser().absolute()
-    for workspace in (Workspace(path), workspace_beside(path)):
+    places = [Workspace(path), workspace_beside(path)]
+    if path == Workspace(path.parent).checkpoint:
+        places.append(Workspace(path.parent))
+    for workspace in places:
         if workspace.shard_records.is_dir():
             return workspace
     raise InputError(

@@ -5,43 +5,56 @@ from typing import Annotated
 
 import typer
 
+from flows.cli.display import StageDisplay
 from flows.cli.options import Json, Source, Verbose
-from flows.cli.run import release_build
-from flows.cli.terminal import OUT, errors_in_one_screen, print_json, status_table
-from glm_quant.build import BuildSpec, open_build
+from flows.cli.stopping import stopping_in_order
+from flows.cli.terminal import ERRORS, OUT, errors_in_one_screen, print_json, status_table
 from glm_quant.status import read_status
+from glm_quant.workspace import Workspace, existing_workspace
 
 
 def publish(
-    recipe: Annotated[str, typer.Argument(help="Path of a .yaml file, or a name in recipes/.")],
-    to: Annotated[list[str], typer.Option(help="Folder, hf://org/name or s3://bucket/prefix.")],
-    source: Source = None,
-    workspace: Annotated[Path, typer.Option(help="Folder of the build.")] = Path("workspace"),
+    workspace: Annotated[Path, typer.Argument(help="The folder of a finished run.")],
+    to: Annotated[
+        list[str],
+        typer.Option(help="Folder, hf://org/name or s3://bucket/prefix; may be given again."),
+    ],
     dry_run: Annotated[bool, typer.Option(help="Show what would change, write nothing.")] = False,
     verbose: Verbose = False,
     as_json: Json = False,
 ) -> None:
-    """Publish a build: `run` with more targets; with --dry-run, what that would change."""
-    spec = BuildSpec(recipe=recipe, source=source, workspace=str(workspace), targets=tuple(to))
-    if not dry_run:
-        return release_build(spec, verbose, as_json)
+    """Publish a finished build by its records: neither recipe nor source is needed."""
     with errors_in_one_screen(verbose):
-        from dataclasses import asdict
+        from glm_quant.stages.publish_recorded import publish_recorded
 
-        from glm_quant.stages.publish import PublishStage
-
-        build = open_build(spec)
-        stages = [PublishStage(build, target) for target in build.targets]
-        diffs = {stage.target: stage.diff() for stage in stages}
+        place = existing_workspace(str(workspace))
+        if dry_run:
+            return _show_changes(place, to, as_json)
+        with stopping_in_order(ERRORS), StageDisplay(ERRORS) as terminal:
+            records = publish_recorded(place, to, terminal)
         if as_json:
-            print_json({target: asdict(diff) for target, diff in diffs.items()})
-            return None
-        for target, diff in diffs.items():
-            OUT.print(f"{target}: {diff.describe()}")
-            for kind, files in (("+", diff.added), ("~", diff.changed), ("-", diff.deleted)):
-                for file in files:
-                    OUT.print(f"  {kind} {file.name} ({file.size_bytes:,} bytes)")
+            print_json([record.model_dump() for record in records])
+        for record in () if as_json else records:
+            OUT.print(f"{record.url}: {record.change}")
     return None
+
+
+def _show_changes(workspace: Workspace, targets: list[str], as_json: bool) -> None:
+    """Show what publishing would change at each target."""
+    from dataclasses import asdict
+
+    from glm_quant.stages.publish_recorded import RecordedBuild
+
+    build = RecordedBuild.open(workspace)
+    diffs = {uri: build.diff(uri) for uri in targets}
+    if as_json:
+        print_json({uri: asdict(diff) for uri, diff in diffs.items()})
+        return
+    for uri, diff in diffs.items():
+        OUT.print(f"{uri}: {diff.describe()}")
+        for kind, files in (("+", diff.added), ("~", diff.changed), ("-", diff.deleted)):
+            for file in files:
+                OUT.print(f"  {kind} {file.name} ({file.size_bytes:,} bytes)")
 
 
 def verify(
@@ -93,7 +106,7 @@ def status(
 
 
 def card(
-    workspace: Annotated[Path, typer.Argument(help="The folder of a finished run.")],
+    workspace: Annotated[Path, typer.Argument(help="The folder of a finished run, or its output.")],
     output: Annotated[
         Path | None, typer.Option(help="The build, if it is not in the workspace.")
     ] = None,
@@ -103,7 +116,6 @@ def card(
     """Render card and charts again from the records: nothing is measured, no source is needed."""
     with errors_in_one_screen(verbose):
         from glm_quant.stages.card import render_again
-        from glm_quant.workspace import Workspace, existing_workspace
 
         place = existing_workspace(str(workspace))
         place = Workspace(place.root, output.expanduser().absolute() if output else place.output)

@@ -60,31 +60,42 @@ def require_license(source: Source, settings: PublishSettings, recipe_file: str)
         PublishError: with what the recipe should say.
     """
     try:
-        found = read_license(source)
+        stated = read_license(source)
     except SourceError as error:
         raise PublishError(f"the source's licence could not be read: {error}") from None
+    judge_license(stated, source.uri, settings, recipe_file)
+
+
+def judge_license(
+    stated: SourceLicense, uri: str, settings: PublishSettings, recipe_file: str
+) -> None:
+    """Refuse as `require_license` does, by what a source was seen to say.
+
+    Raises:
+        PublishError: with what the recipe should say.
+    """
     where = f"{recipe_file}: publish"
-    if found.name is not None and found.name != settings.license.lower():
+    if stated.name is not None and stated.name != settings.license.lower():
         raise PublishError(
-            f"{where}.license is {settings.license!r}, but {source.uri} is under {found.name!r}. "
-            f"Write `license: {found.name}`, or do not publish this build."
+            f"{where}.license is {settings.license!r}, but {uri} is under {stated.name!r}. "
+            f"Write `license: {stated.name}`, or do not publish this build."
         )
-    if found.name in _OPEN:
+    if stated.name in _OPEN:
         return
     said = (settings.acknowledge_license or "").lower()
-    if said and said in (found.name, found.sha256):
+    if said and said in (stated.name, stated.sha256):
         return
-    if found.name is None and found.sha256 is None:
+    if stated.name is None and stated.sha256 is None:
         if said == settings.license.lower():
             return
         raise PublishError(
-            f"{where}: {source.uri} states no licence, neither in README.md nor in LICENSE. Find "
+            f"{where}: {uri} states no licence, neither in README.md nor in LICENSE. Find "
             f"out what its owner allows, then write `acknowledge_license: {settings.license}`."
         )
     raise PublishError(
-        f"{where}: {source.uri} is under {found.name or 'a licence of its own'!r}, which is not "
+        f"{where}: {uri} is under {stated.name or 'a licence of its own'!r}, which is not "
         "one that lets anybody publish derived weights. Read it, then write "
-        f"`acknowledge_license: {found.sha256 or found.name}`."
+        f"`acknowledge_license: {stated.sha256 or stated.name}`."
     )
 
 

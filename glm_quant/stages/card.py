@@ -89,14 +89,11 @@ def render_again(workspace: Workspace) -> CardRecord:
     from glm_quant.report.card import write_card
 
     with workspace.locked():
-        records = _Records.read(workspace)
+        records = BuildRecords.read(workspace)
         inputs = records.inputs(workspace)
         written = write_card(inputs, workspace.checkpoint)
-        stage: Canonical = {
-            "stage": CardStage.name,
-            "inputs": _inputs(records.fingerprints(), inputs.recipe),
-        }
-        record = _record(fingerprint(stage), workspace.checkpoint, written)
+        fresh = records.card_fingerprint(inputs.recipe)
+        record = _record(fresh, workspace.checkpoint, written)
         record.save(workspace.records / f"{CardStage.name}.json")
         return record
 
@@ -108,12 +105,12 @@ def card_inputs(workspace: Workspace) -> CardInputs:
         CardError: nothing was assembled, or a record is of another build.
         IntegrityError: config or manifest are not those that were recorded.
     """
-    return _Records.read(workspace).inputs(workspace)
+    return BuildRecords.read(workspace).inputs(workspace)
 
 
 @dataclass(frozen=True)
-class _Records:
-    """What stands in a workspace's `records/`; what is not there or damaged is None."""
+class BuildRecords:
+    """What stands in a workspace's `records/` of one build; what is absent or damaged is None."""
 
     source: SourceRecord | None
     plan: PlanRecord | None
@@ -124,6 +121,7 @@ class _Records:
 
     @classmethod
     def read(cls, workspace: Workspace) -> Self:
+        """Read them."""
         folder = workspace.records
         return cls(
             SourceRecord.load(folder / "download.json"),
@@ -134,16 +132,23 @@ class _Records:
             EvaluationRecord.load(folder / "evaluate.json"),
         )
 
+    def card_fingerprint(self, recipe: Recipe) -> str:
+        """Return the fingerprint of the card that these records give."""
+        inputs = _inputs(self.fingerprints(), recipe)
+        return fingerprint({"stage": CardStage.name, "inputs": inputs})
+
     def fingerprints(self) -> dict[str, str]:
-        told = {
+        """Return those of the stages that a card tells of."""
+        stages = {
             "assemble": self.assemble,
             "parity": self.parity,
             "divergence": self.divergence,
             "evaluate": self.evaluate,
         }
-        return {name: record.fingerprint for name, record in told.items() if record is not None}
+        return {name: record.fingerprint for name, record in stages.items() if record is not None}
 
     def inputs(self, workspace: Workspace) -> CardInputs:
+        """Return what they tell, see `card_inputs`."""
         made, source = self.assemble, self.source
         if made is None:
             raise missing_record(workspace.root.name, "assemble")
@@ -157,7 +162,7 @@ class _Records:
             if output.path in (_CONFIG, MANIFEST_NAME):
                 output.check(workspace.checkpoint)
         manifest = load_manifest(workspace.checkpoint)
-        recipe = _recipe_of(manifest, workspace)
+        recipe = recipe_of(manifest, workspace)
         return CardInputs(
             recipe=recipe,
             command=f"glm-quant run {recipe.name} --source {manifest.source}",
@@ -180,7 +185,12 @@ class _Records:
         )
 
 
-def _recipe_of(manifest: Manifest, workspace: Workspace) -> Recipe:
+def recipe_of(manifest: Manifest, workspace: Workspace) -> Recipe:
+    """Return the recipe that a build was made with.
+
+    Raises:
+        CardError: it was written by another version.
+    """
     try:
         return Recipe.model_validate(manifest.recipe)
     except ValidationError as error:

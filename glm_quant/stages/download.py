@@ -4,20 +4,25 @@ from glm_quant.artifact import Record
 from glm_quant.build import Build
 from glm_quant.evaluation.evaluate import require_measurable
 from glm_quant.fingerprint import Canonical
-from glm_quant.hub.license import require_license
+from glm_quant.hub.license import SourceLicense, read_license, require_license
 from glm_quant.quantize.assemble import source_label
 from glm_quant.quantize.convert import Progress
 from glm_quant.stages.base import Stage
 
 
 class SourceRecord(Record):
-    """What was found at the source: every header was read and held against the config."""
+    """What was found at the source: every header was read and held against the config.
+
+    Attributes:
+        license: what it says of its licence, so that the build can be published without it.
+    """
 
     uri: str
     revision: str | None
     shards: int
     tensors: int
     size_bytes: int
+    license: SourceLicense | None = None
 
 
 class DownloadStage(Stage[SourceRecord]):
@@ -30,6 +35,7 @@ class DownloadStage(Stage[SourceRecord]):
         """Return the identity of every file of the source."""
         checkpoint = self.build.checkpoint
         return {
+            "version": 2,
             "uri": checkpoint.source.uri,
             "files": {name: file.identity for name, file in checkpoint.files.items()},
         }
@@ -47,6 +53,7 @@ class DownloadStage(Stage[SourceRecord]):
             shards=len(shards),
             tensors=len(tensors),
             size_bytes=sum(shard.size_bytes for shard in shards),
+            license=read_license(checkpoint.source),
         )
 
     def summarize(self, record: SourceRecord) -> str:

@@ -1,6 +1,7 @@
 """The verified build and its card, at the targets."""
 
 import math
+from dataclasses import dataclass
 from pathlib import Path
 
 from glm_quant.artifact import FileDigest, Record
@@ -8,21 +9,25 @@ from glm_quant.build import Build
 from glm_quant.checkpoint.manifest import load_manifest
 from glm_quant.errors import EvaluationError, ParityError, PublishError
 from glm_quant.evaluation.divergence import check_bounds as check_divergence
+from glm_quant.evaluation.divergence_record import DivergenceRecord
 from glm_quant.evaluation.evaluate import check_bounds
+from glm_quant.evaluation.records import EvaluationRecord
 from glm_quant.fingerprint import Canonical, fingerprint
 from glm_quant.hub.license import require_license
 from glm_quant.hub.retry import Patience
-from glm_quant.hub.target import Diff, compare
+from glm_quant.hub.target import Diff, Published, compare
 from glm_quant.parity.check import enforce
 from glm_quant.quantize.convert import Progress
 from glm_quant.quantize.verify import verify
-from glm_quant.stages.assemble import AssembleStage
+from glm_quant.recipe import Recipe
+from glm_quant.stages.assemble import AssembleStage, BuildRecord
 from glm_quant.stages.base import Stage
-from glm_quant.stages.card import CardStage
+from glm_quant.stages.card import CardRecord, CardStage
 from glm_quant.stages.divergence import DivergenceStage
 from glm_quant.stages.evaluate import EvaluationStage
-from glm_quant.stages.parity import ParityStage
+from glm_quant.stages.parity import ParityStage, ParityStageRecord
 from glm_quant.stages.upload import build_id, is_folder
+from glm_quant.workspace import Workspace
 
 # Size and time of change of every file of the builds that this process has verified.
 _verified: set[tuple[tuple[str, int, int], ...]] = set()
@@ -64,7 +69,7 @@ class PublishStage(Stage[PublishRecord]):
     @property
     def record_path(self) -> Path:
         """Where the record stands: one a target."""
-        return self.build.workspace.records / f"publish-{fingerprint(self.target)[:12]}.json"
+        return publish_record_path(self.build.workspace, self.target)
 
     @property
     def root(self) -> Path:
@@ -73,7 +78,7 @@ class PublishStage(Stage[PublishRecord]):
 
     def inputs(self) -> Canonical:
         """Return the card, which depends on all that came before, and the target."""
-        return {"card": CardStage(self.build).fingerprint(), "target": self.target}
+        return publish_inputs(CardStage(self.build).fingerprint(), self.target)
 
     def is_whole(self, record: PublishRecord) -> bool:
         """Whether the target still shows the build: a folder is looked at, any other is asked."""
@@ -97,15 +102,7 @@ class PublishStage(Stage[PublishRecord]):
         target = self.build.open_target(self.target, build_id(self.build))
         published = target.publish(self.build.workspace.checkpoint, files)
         progress(1, 1)
-        return PublishRecord(
-            fingerprint=self.fingerprint(),
-            outputs=files if is_folder(self.target) else [],
-            target=self.target,
-            revision=published.revision,
-            url=published.url,
-            contents=files,
-            change=published.diff.describe(),
-        )
+        return publish_record(self.fingerprint(), self.target, files, published)
 
     def diff(self) -> Diff:
         """Return what publishing would change, after the same checks; nothing is written.
@@ -124,6 +121,31 @@ class PublishStage(Stage[PublishRecord]):
         return f"{len(record.contents)} files at {where}: {record.change}"
 
 
+def publish_inputs(card: str, target: str) -> Canonical:
+    """Return what decides what a target shows: the card's fingerprint stands for all before it."""
+    return {"card": card, "target": target}
+
+
+def publish_record_path(workspace: Workspace, target: str) -> Path:
+    """Return where the record of a target stands."""
+    return workspace.records / f"publish-{fingerprint(target)[:12]}.json"
+
+
+def publish_record(
+    stage_fingerprint: str, target: str, files: list[FileDigest], published: Published
+) -> PublishRecord:
+    """Return what is written down of a build that people see."""
+    return PublishRecord(
+        fingerprint=stage_fingerprint,
+        outputs=files if is_folder(target) else [],
+        target=target,
+        revision=published.revision,
+        url=published.url,
+        contents=files,
+        change=published.diff.describe(),
+    )
+
+
 def publishable_files(build: Build) -> list[FileDigest]:
     """Return the files of a build that may be published.
 
@@ -133,34 +155,61 @@ def publishable_files(build: Build) -> list[FileDigest]:
         IntegrityError: the build on disk is not what was recorded.
     """
     require_license(build.checkpoint.source, build.recipe.publish, build.recipe.file)
-    made, card = AssembleStage(build).current(), CardStage(build).current()
-    _require_proof(build)
-    if made is None or card is None:
-        missing = "assemble" if made is None else "card"
+    proofs = Proofs(
+        AssembleStage(build).current(),
+        CardStage(build).current(),
+        ParityStage(build).current(),
+        DivergenceStage(build).current(),
+        EvaluationStage(build).current(),
+    )
+    return proven_files(build.workspace, build.recipe, proofs)
+
+
+@dataclass(frozen=True)
+class Proofs:
+    """What was recorded of a build; None is what was not, or of another one."""
+
+    assemble: BuildRecord | None
+    card: CardRecord | None
+    parity: ParityStageRecord | None
+    divergence: DivergenceRecord | None
+    evaluate: EvaluationRecord | None
+
+
+def proven_files(workspace: Workspace, recipe: Recipe, proofs: Proofs) -> list[FileDigest]:
+    """Return the files of a build that its records prove, whatever its licence.
+
+    Raises:
+        PublishError: a record or a number is missing, or a bound is broken.
+        IntegrityError: the build on disk is not what was recorded.
+    """
+    _require_proof(workspace, recipe, proofs)
+    assembled, card = proofs.assemble, proofs.card
+    if assembled is None or card is None:
+        missing = "assemble" if assembled is None else "card"
         raise PublishError(
-            f"{build.workspace.root}: stage {missing!r} is not done, so there is nothing to "
+            f"{workspace.root}: stage {missing!r} is not done, so there is nothing to "
             "publish. Run the flow again: it does what is left."
         )
-    _verify_once(build)
+    _verify_once(workspace.checkpoint)
     for file in card.outputs:
-        file.check(build.workspace.checkpoint)
-    return [*made.outputs, *card.outputs]
+        file.check(workspace.checkpoint)
+    return [*assembled.outputs, *card.outputs]
 
 
-def _require_proof(build: Build) -> None:
-    parity, evaluation = ParityStage(build).current(), EvaluationStage(build).current()
-    divergence = DivergenceStage(build).current()
+def _require_proof(workspace: Workspace, recipe: Recipe, proofs: Proofs) -> None:
+    parity, divergence, evaluation = proofs.parity, proofs.divergence, proofs.evaluate
     if parity is None or divergence is None or evaluation is None:
         records = {"parity": parity, "divergence": divergence, "evaluate": evaluation}
         missing = next(stage for stage, record in records.items() if record is None)
         raise PublishError(
-            f"{build.workspace.root}: stage {missing!r} has no passing record for this build, and "
+            f"{workspace.root}: stage {missing!r} has no passing record for this build, and "
             "nothing is published unproved. Run the flow again: it does what is left."
         )
     try:
-        enforce(parity.found, build.workspace.checkpoint)
-        check_divergence(divergence, build.recipe.divergence)
-        check_bounds(evaluation, build.recipe.evaluation)
+        enforce(parity.found, workspace.checkpoint)
+        check_divergence(divergence, recipe.divergence)
+        check_bounds(evaluation, recipe.evaluation)
     except (ParityError, EvaluationError) as error:
         raise PublishError(f"a bound of the recipe is broken: {error}") from None
     perplexity = evaluation.measurements.perplexity
@@ -174,14 +223,13 @@ def _require_proof(build: Build) -> None:
     for name, value in numbers.items():
         if value is None or not math.isfinite(value):
             raise PublishError(
-                f"{build.workspace.root}: {name} is {value}: it was not measured. Let the recipe "
+                f"{workspace.root}: {name} is {value}: it was not measured. Let the recipe "
                 "measure it (parity.layers: all, a perplexity text) and run the flow again."
             )
 
 
-def _verify_once(build: Build) -> None:
-    """Verify the build, unless this process did and no file changed since."""
-    folder = build.workspace.checkpoint
+def _verify_once(folder: Path) -> None:
+    """Verify a build, unless this process did and no file changed since."""
     manifest = load_manifest(folder)
     paths = [folder / file.path for file in (*(s.file for s in manifest.shards), *manifest.files)]
     state = tuple(

@@ -68,6 +68,9 @@ def test_demo_ends_with_a_published_checkpoint_and_its_card(
             "publish",
         )
     }
+    elsewhere = tmp_path / "elsewhere"
+    embedded.run("publish", workspace, "--to", elsewhere)
+    assert digests(elsewhere) == digests(published)
     card = (published / "README.md").read_text()
     assert unexplained(card, workspace) == []
     charts = set(re.findall(r"\(assets/(\w+)\.png#hf-light-mode-only\)", card))

@@ -61,7 +61,7 @@ def test_three_targets_one_of_which_fails_at_first(
     assert set(place.repos["org/tiny"].commits[place.repos["org/tiny"].branches["main"]]) == {
         ".gitattributes"
     }
-    shown = ("publish", recipe, *build, "--to", "hf://org/tiny", "--dry-run", "--json")
+    shown = ("publish", workspace, "--to", "hf://org/tiny", "--dry-run", "--json")
     planned = json.loads(user.run(*shown).stdout)["hf://org/tiny"]
     before = len(place.requests("^/lfs/put"))
     done = json.loads(user.run(*command, "--json").stdout)

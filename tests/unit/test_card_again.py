@@ -1,5 +1,6 @@
 """`glm-quant card`: the card of a finished build, rendered again from its workspace alone."""
 
+import json
 import re
 import shutil
 import subprocess
@@ -22,9 +23,11 @@ from glm_quant.stages.download import DownloadStage
 from glm_quant.stages.evaluate import EvaluationStage
 from glm_quant.stages.parity import ParityStage, ParityStageRecord
 from glm_quant.stages.plan import PlanStage
+from glm_quant.stages.publish import PublishStage
 from glm_quant.stages.quantize import QuantizeStage
 from tests.card_numbers import CONSTANTS, numbers, unexplained
 from tests.card_records import EPYC, PARITY, rich_divergence, rich_evaluation
+from tests.conftest import run_command
 
 RECIPE = """\
 name: again
@@ -34,7 +37,7 @@ rules:
     dtype: source
   - group: mtp
     drop: true
-publish: {base_model: org/small, languages: [en]}
+publish: {base_model: org/small, languages: [en], license: mit, acknowledge_license: mit}
 """
 
 
@@ -112,6 +115,31 @@ def test_the_same_bytes_come_out_without_the_source(workspace: Path) -> None:
     assert card_files(build) == before
     assert len(before) > 5
     assert record.read_bytes() == made
+
+
+def test_publishing_asks_for_nothing_again(workspace: Path, tmp_path: Path) -> None:
+    """`publish WORKSPACE --to PLACE` needs neither recipe nor source, and a run finds it done.
+
+    With `--dry-run` it shows the same and writes nothing. What is not finished is not published.
+    """
+    build, target = open_build(workspace), tmp_path / "published"
+    shutil.move(workspace / "source", tmp_path / "away")
+    shutil.move(workspace / "again.yaml", tmp_path / "away.yaml")
+    command = ("publish", workspace / "work", "--to", target)
+    shown = json.loads(run_command(*command, "--dry-run", "--json").stdout)[str(target)]
+    assert not target.exists()
+    assert f"{len(shown['added'])} added" in run_command(*command).stdout
+    checkpoint = build.workspace.checkpoint
+    files = {str(path.relative_to(checkpoint)) for path in checkpoint.rglob("*") if path.is_file()}
+    assert {change["name"] for change in shown["added"]} == files
+    assert all((target / name).read_bytes() == (checkpoint / name).read_bytes() for name in files)
+    shutil.move(tmp_path / "away", workspace / "source")
+    shutil.move(tmp_path / "away.yaml", workspace / "again.yaml")
+    assert PublishStage(open_build(workspace), str(target)).current() is not None
+    (build.workspace.records / "parity.json").unlink()
+    assert "Say `glm-quant card" in run_command(*command, expect=1).stderr
+    (build.workspace.records / "card.json").unlink()
+    assert "nothing is published unproved" in run_command(*command, expect=1).stderr
 
 
 @pytest.mark.parametrize(
