@@ -77,6 +77,9 @@ def status_table(status: WorkspaceStatus) -> RenderableType:
         table.add_row(stage.stage, mark if stage.done else "[dim]to do[/]")
     size = f"{status.done_bytes / 1e9:,.3f} of {status.total_bytes / 1e9:,.3f} GB of weights made"
     lines = [Text(f"{status.recipe} in {status.workspace}: {size}", style="bold"), table]
+    if status.unchecked:
+        note = f"by the records alone, not compared with recipe and source: {status.unchecked}"
+        lines.append(Text(note, style="dim"))
     if status.running:
         lines.append(Text(f"process {status.running} is working here", style="green"))
     if status.failure:

@@ -1,19 +1,24 @@
-"""Status: read from records alone, whatever state the workspace is in."""
+"""Status: what a run would find done, whatever state the workspace is in."""
 
+import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from glm_quant.build import Build, BuildSpec
+from glm_quant.build import Build, BuildSpec, claimed
 from glm_quant.errors import InputError, WeightError
+from glm_quant.quantize.records import RemoteShard
 from glm_quant.stages.assemble import AssembleStage
 from glm_quant.stages.download import DownloadStage
 from glm_quant.stages.plan import PlanStage
 from glm_quant.stages.quantize import QuantizeStage
 from glm_quant.status import WorkspaceStatus, read_status
 from glm_quant.workspace import Workspace
+from tests.conftest import run_command
 
 RECIPE = """\
 name: status
@@ -76,6 +81,49 @@ def test_progress_of_a_build(build: Build) -> None:
     assert stages(whole)["assemble"] == (1, 1)
     (build.workspace.checkpoint / build.plan.shards[0].name).unlink()
     assert stages(read_status(root))["quantize"] == (count - 1, count)
+
+
+def test_what_a_run_would_do_again_is_not_called_done(build: Build) -> None:
+    """An edited recipe undoes what depends on it; shards that only targets have count as done.
+
+    Where the source is not at hand the records are shown, and it is said that they are.
+    """
+    root, recipe = build.workspace.root, Path(build.spec.recipe)
+    with claimed(build.spec, shared=True):
+        DownloadStage(build).run(ignore)
+        PlanStage(build).run(ignore)
+        count = len(build.plan.shards)
+        for shard in range(count):
+            QuantizeStage(build, shard).run(ignore)
+        AssembleStage(build).run(ignore)
+    name = build.plan.shards[0].name
+    finished = build.conversion.outputs.finished(0)
+    assert finished is not None
+    (build.workspace.checkpoint / name).unlink()
+    RemoteShard(fingerprint="", outputs=finished.outputs, target="hf://org/x").save(
+        build.conversion.outputs.remote_record_path(name)
+    )
+
+    def shown() -> dict[str, Any]:
+        return json.loads(run_command("status", root, "--json").stdout)
+
+    def done(status: dict[str, Any]) -> dict[str, int]:
+        return {stage["stage"]: stage["done"] for stage in status["stages"]}
+
+    whole = shown()
+    assert whole["unchecked"] is None
+    assert done(whole)["quantize"] == count
+    assert done(whole)["assemble"] == 1
+    assert whole["done_bytes"] == whole["total_bytes"]
+    recipe.write_text(RECIPE.replace("dtype: source", "dtype: float32"))
+    edited = done(shown())
+    assert (edited["download"], edited["plan"], edited["assemble"]) == (1, 0, 0)
+    assert edited["quantize"] < count
+    recipe.write_text(RECIPE)
+    shutil.move(build.checkpoint.source.uri, root.parent / "away")
+    away = shown()
+    assert "no such folder" in away["unchecked"]
+    assert done(away)["quantize"] == count
 
 
 def test_failure_is_shown_until_it_is_healed(build: Build) -> None:
