@@ -25,6 +25,7 @@ from glm_quant.quantize.plan import Plan
 from glm_quant.quantize.records import RemoteShard, ShardInputs, ShardRecord
 from glm_quant.quantize.remaining import Wanted, running_pipeline
 from glm_quant.quantize.reuse import ReuseStore
+from glm_quant.quantize.same_source import keep_unchanged
 from glm_quant.workspace import Workspace
 
 __all__ = ["Conversion", "Progress", "RemoteShard", "ShardInputs", "ShardRecord", "Watcher"]
@@ -176,6 +177,7 @@ class Conversion:
         if self._pipeline is not None and shard in self._pipeline.outputs:
             return self._pipeline
         self.close()
+        keep_unchanged(self.outputs)
         reusable = self.reuse_store.reusable(self.outputs, self.outputs.unfinished())
         # Asked again: the store may have given some outputs that were finished another name.
         unfinished = self.outputs.unfinished()

@@ -12,7 +12,9 @@ from pathlib import Path
 
 import pytest
 
+from glm_quant.checkpoint.reader import Checkpoint
 from glm_quant.errors import IntegrityError
+from glm_quant.quantize.convert import Conversion
 from glm_quant.quantize.verify import verify
 from glm_quant.recipe import Recipe, Rule
 
@@ -297,3 +299,22 @@ def test_leftovers_of_a_killed_run_are_removed(made: Made) -> None:
     shutil.copy(made.shard_files[0], made.output / "model-00001-of-00099.safetensors")
     made.assemble()
     assert contents(made.output) == whole
+
+
+def test_a_copied_source_keeps_what_was_made(made: Made, edit_tensor: Callable[..., str]) -> None:
+    """Same bytes with new times of change: no shard is made again; a changed byte is noticed."""
+    stamps = {path.name: path.stat().st_mtime_ns for path in made.shard_files}
+    source = Path(made.checkpoint.source.uri)
+    for path in source.iterdir():
+        os.utime(path, (1, 1))
+    again = Conversion(Checkpoint.open(source), made.plan, made.workspace, 1)
+    assert again.outputs.unfinished() == list(range(len(made.plan.shards)))
+    for shard in range(len(made.plan.shards)):
+        again.complete(shard)
+    assert {path.name: path.stat().st_mtime_ns for path in made.shard_files} == stamps
+    edit_tensor(source, "model.norm.weight", lambda values: values.__setitem__(0, values[0] ^ 1))
+    changed = Conversion(Checkpoint.open(source), made.plan, made.workspace, 1)
+    for shard in range(len(made.plan.shards)):
+        changed.complete(shard)
+    after = {path.name: path.stat().st_mtime_ns for path in made.shard_files}
+    assert 0 < sum(after[name] != stamps[name] for name in stamps) < len(stamps)
