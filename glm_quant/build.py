@@ -154,6 +154,11 @@ class Build:
         return bool(self.targets) and not self.recipe.publish.keep_local
 
     @property
+    def shares_records(self) -> bool:
+        """Whether the records are shared in S3, so that some may be another machine's."""
+        return _records_settings(self.spec, self.recipe) is not None
+
+    @property
     def converts_too(self) -> bool:
         """Whether the pass that calibrates encodes the weights too."""
         return converts_too(self.checkpoint, self.recipe, self.lets_go)
@@ -287,14 +292,19 @@ def claimed(spec: BuildSpec, shared: bool = False) -> Generator[None]:
         workspace.pin.unlink(missing_ok=True)
 
 
+def _records_settings(spec: BuildSpec, recipe: Recipe) -> RecordsSettings | None:
+    """Return where a build's records are shared, if they are; the spec's place wins."""
+    if spec.records is None:
+        return recipe.records
+    settings = recipe.records or RecordsSettings(uri=spec.records)
+    return settings.model_copy(update={"uri": spec.records})
+
+
 @contextmanager
 def _sharing(spec: BuildSpec) -> Generator[None]:
     """Keep the workspace's records at the place in S3 that is wanted, if one is."""
     global _shared
-    settings = load_recipe(spec.recipe).records
-    if spec.records is not None:
-        said = settings or RecordsSettings(uri=spec.records)
-        settings = said.model_copy(update={"uri": spec.records})
+    settings = _records_settings(spec, load_recipe(spec.recipe))
     if settings is None:
         yield
         return

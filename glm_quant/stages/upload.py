@@ -136,7 +136,7 @@ def take_over(build: Build) -> None:
 
     What another machine recorded of a folder speaks of its disk, not of this one.
     """
-    if build.recipe.records is None:
+    if not build.shares_records:
         return
     for i in range(len(build.plan.shards)):
         record = ShardRecord.load(build.conversion.outputs.record_path(i))
