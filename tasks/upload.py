@@ -9,9 +9,13 @@ from queue import Queue
 from prefect import task
 
 from glm_quant.build import BuildSpec, open_build, shards_of
+from glm_quant.errors import DiskSpaceError
+from glm_quant.fingerprint import fingerprint
 from glm_quant.stages.base import StageResult
 from glm_quant.stages.restore import RestoreStage, elsewhere
+from glm_quant.stages.targets import require_room
 from glm_quant.stages.upload import UploadStage, early_targets, is_here, let_go
+from tasks.attention import tell_problem
 from tasks.caching import on_disk
 from tasks.limits import shard_seconds
 from tasks.naming import restore_name, upload_name
@@ -45,6 +49,29 @@ def restore(spec: BuildSpec, shard: int) -> StageResult:
     return run_stage(RestoreStage(open_build(spec), shard))
 
 
+class RoomWatch:
+    """Looks between shards whether the disks still have room for what is left, and tells it once.
+
+    What fills a disk may go again, so nothing ends here: the shard that does not fit ends the run.
+    """
+
+    def __init__(self, spec: BuildSpec) -> None:
+        """Begin with enough room, which was judged before the work."""
+        self._spec = spec
+        self._is_short = False
+
+    def look(self) -> None:
+        """Compare what is left to write with what is free."""
+        try:
+            require_room(open_build(self._spec))
+        except DiskSpaceError as error:
+            if not self._is_short:
+                tell_problem("room", f"{error} The run goes on, and stops where the disk is full.")
+            self._is_short = True
+        else:
+            self._is_short = False
+
+
 class Sender:
     """Brings shards to one target, one after the other, in a thread beside the conversion.
 
@@ -62,6 +89,7 @@ class Sender:
         self._looked = threading.Event()
         self._looked.set()
         self.failed = False  # its last try
+        self._told_error = ""
         context = contextvars.copy_context()
         threading.Thread(target=context.run, args=(self._work,), daemon=True).start()
 
@@ -108,10 +136,22 @@ class Sender:
 
     def _is_sent(self, shard: int) -> bool:
         try:
-            return upload(self._spec, shard, self._target, return_state=True).is_completed()
+            state = upload(self._spec, shard, self._target, return_state=True)
+            error = None if state.is_completed() else state.result(raise_on_failure=False)
         except Exception:  # nothing may end this thread: others wait for it
             _log.exception("%s: the upload could not be begun", self._target)
             return False
+        if error is None:
+            return True
+        if str(error) != self._told_error:
+            self._told_error = str(error)
+            tell_problem(
+                f"upload-{fingerprint(self._target)[:12]}",
+                f"The upload to {self._target} failed: {error} The conversion goes on, and this "
+                "target is tried again with each new shard. If that does not help, correct it now: "
+                "publishing there will fail in the end.",
+            )
+        return False
 
 
 def make_shards(spec: BuildSpec) -> list[StageResult]:
@@ -123,7 +163,9 @@ def make_shards(spec: BuildSpec) -> list[StageResult]:
     """
     made: list[StageResult] = []
     senders = {target: Sender(spec, target) for target in early_targets(open_build(spec))}
+    room = RoomWatch(spec)
     for shard in shards_of(spec):
+        room.look()
         made.append(quantize(spec, shard))
         if open_build(spec).lets_go:
             for sender in senders.values():

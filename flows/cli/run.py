@@ -136,10 +136,12 @@ def release_build(spec: BuildSpec, verbose: bool, as_json: bool) -> None:
         build = open_build(spec)
         from glm_quant.stages.download import check_targets
         from glm_quant.stages.finished import finished_results
+        from glm_quant.stages.targets import judge_targets
 
         check_targets(build)
         results = finished_results(build)
         if results is None:
+            judge_targets(build)
             results = _run_flow(build)
         else:
             ERRORS.print(

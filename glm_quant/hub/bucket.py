@@ -111,6 +111,11 @@ class S3Target:
                 found[file.path] = SourceFile(file.path, size, identity, digest)
         return Listing(latest.prefix, found)
 
+    def judge(self, folder: Path) -> None:  # noqa: ARG002 - what is here does not matter
+        """Look for strangers, and send a byte of which no object is made."""
+        self._ask("look for strangers", self._refuse_strangers)
+        self._ask("try to write", lambda: self._objects.try_writing(f"{self._build}trial"))
+
     def upload(self, folder: Path, file: FileDigest) -> None:
         """Put one file into the build's folder, and compare the object's sha256 with ours."""
         where, patience = f"{self.uri}: upload {file.path}", self._patience.enduring()

@@ -10,6 +10,7 @@ import errno
 import os
 import shutil
 import sys
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -54,6 +55,19 @@ class FolderTarget:
                 identity = f"sha256:{file.sha256}"
                 found[name] = SourceFile(name, file.size_bytes, identity, file.sha256)
         return Listing("", found)
+
+    def judge(self, folder: Path) -> None:
+        """Refuse what is in the way, and write a file without a name beside the target."""
+        self._refuse(folder)
+        parent = next(path for path in self._place.parents if path.exists())
+        try:
+            with tempfile.TemporaryFile(dir=parent):
+                pass
+        except OSError as error:
+            raise PublishError(
+                f"{self._place}: nothing can be written in {parent} ({error.strerror}). Choose a "
+                "folder of yours on a disk that can be written, or change its permissions."
+            ) from None
 
     def upload(self, folder: Path, file: FileDigest) -> None:
         """Link or copy a file into the hidden folder."""

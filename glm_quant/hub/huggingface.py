@@ -146,7 +146,7 @@ class HubPlace:
                 ) as answer:
                     if answer.is_redirect:
                         target = urljoin(url, answer.headers["location"])
-                        if _origin(target) != _origin(url):
+                        if origin(target) != origin(url):
                             headers.pop("authorization", None)
                         url = target
                         continue
@@ -162,7 +162,7 @@ class HubPlace:
     def _refuse(self, answer: httpx2.Response, name: str, begin: int, end: int, size: int) -> None:
         """Raise for whatever is not the asked range, or the whole file where all was sent."""
         code, host = answer.status_code, urlsplit(str(answer.url)).hostname
-        hub = _origin(str(answer.url)) == _origin(self._api.endpoint)
+        hub = origin(str(answer.url)) == origin(self._api.endpoint)
         if code in (200, 206):
             said, right = _announced(answer, begin, end, size)
             if said != right:
@@ -267,7 +267,8 @@ def _announced(answer: httpx2.Response, begin: int, end: int, size: int) -> tupl
     return answer.headers.get("content-length", f"{size}"), f"{size}"
 
 
-def _origin(url: str) -> tuple[str, str | None, int | None]:
+def origin(url: str) -> tuple[str, str | None, int | None]:
+    """Return scheme, host and port of an address."""
     parts = urlsplit(url)
     return parts.scheme, parts.hostname, parts.port
 

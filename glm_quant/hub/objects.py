@@ -121,6 +121,22 @@ class Objects:
             stream = _CheckedStream(opened, folder / file.path, file.sha256)
             self._sender.upload_fileobj(stream, self.bucket, key, ExtraArgs=kind, Config=config)
 
+    def try_writing(self, key: str) -> None:
+        """Begin an upload in parts, send a part of one byte, and end it: no object comes of it.
+
+        Raises:
+            PublishError: we may not write there.
+        """
+        place = {"Bucket": self.bucket, "Key": key}
+        digest = base64_digest(hashlib.sha256(b"x").hexdigest())
+        with self.translated(key):
+            begun = self.client.create_multipart_upload(**place, ChecksumAlgorithm="SHA256")
+            place["UploadId"] = str(begun["UploadId"])
+            try:
+                self.client.upload_part(**place, PartNumber=1, Body=b"x", ChecksumSHA256=digest)
+            finally:
+                self.client.abort_multipart_upload(**place)
+
     def keys(self, prefix: str, delimiter: str = "") -> list[str]:
         """Return the keys below a prefix; with a delimiter those directly below."""
         with self.translated(""):

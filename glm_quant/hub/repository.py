@@ -22,10 +22,12 @@ from huggingface_hub import (
     CommitOperationAdd,
     CommitOperationCopy,
     CommitOperationDelete,
+    ModelInfo,
 )
 from huggingface_hub.errors import (
     HfHubHTTPError,
     HFValidationError,
+    LocalTokenNotFoundError,
     OfflineModeIsEnabled,
     RepositoryNotFoundError,
     RevisionNotFoundError,
@@ -35,7 +37,8 @@ from huggingface_hub.utils import get_token
 from glm_quant.artifact import FileDigest
 from glm_quant.checkpoint.source import Source, SourceFile
 from glm_quant.errors import IntegrityError, PublishError, SourceError
-from glm_quant.hub.huggingface import HubSource, hub_client, limit_time
+from glm_quant.hub.huggingface import HubSource, hub_client, limit_time, origin
+from glm_quant.hub.permission import require_namespace, require_writing_token
 from glm_quant.hub.retry import Patience, TransientError, asked_wait, connection_failure, retry
 from glm_quant.hub.target import (
     SHARD_ENDING,
@@ -97,6 +100,10 @@ class HubTarget:
         """Return the branch's commit and files; nothing where there is no repository yet."""
         return self._ask("list the files", lambda: self._listing(self._branch))
 
+    def judge(self, folder: Path) -> None:  # noqa: ARG002 - what is here does not matter
+        """Ask who we are, look for strangers, and ask as a commit does whether we may write."""
+        self._ask("ask whether we may write", self._judge)
+
     def upload(self, folder: Path, file: FileDigest) -> None:
         """Commit one shard to the work branch and compare the Hub's sha256 with ours."""
         self._prepare()
@@ -140,19 +147,40 @@ class HubTarget:
             self._ask("create the repository", self._create)
             self._prepared = True
 
+    def _judge(self) -> None:
+        identity = self._api.whoami()
+        require_writing_token(self.uri, identity)
+        try:
+            info = self._api.model_info(self._repo, timeout=60)
+        except RepositoryNotFoundError:
+            require_namespace(self.uri, self._repo, identity)
+            return
+        self._require_private(info)
+        listing = self._listing(self._branch)
+        refuse_strangers(self.uri, listing.files)
+        # What a commit asks first. It sends nothing of a file that git keeps, and stores nothing.
+        self._api.preupload_lfs_files(
+            self._repo,
+            [CommitOperationAdd("config.json", b"{}")],
+            revision=self._branch if listing.revision else None,
+        )
+
     def _create(self) -> None:
         try:
             info = self._api.model_info(self._repo, timeout=60)
         except RepositoryNotFoundError:
             self._api.create_repo(self._repo, private=self._private, exist_ok=True)
             info = self._api.model_info(self._repo, timeout=60)
+        self._require_private(info)
+        self._api.create_branch(self._repo, branch=self._branch, exist_ok=True)
+        self._api.create_branch(self._repo, branch=self._work, revision=self._branch, exist_ok=True)
+
+    def _require_private(self, info: ModelInfo) -> None:
         if self._private and not info.private:
             raise PublishError(
                 f"{self.uri}: the recipe says `private: true`, and the repository is public. Make "
                 "it private on its settings page, or change the recipe."
             )
-        self._api.create_branch(self._repo, branch=self._branch, exist_ok=True)
-        self._api.create_branch(self._repo, branch=self._work, revision=self._branch, exist_ok=True)
 
     def _upload(self, folder: Path, file: FileDigest) -> None:
         found = self._paths([file])
@@ -278,8 +306,11 @@ class HubTarget:
         cause = error.__cause__ if sending and isinstance(error.__cause__, Exception) else error
         if isinstance(cause, HfHubHTTPError):
             code = cause.response.status_code
-            # 403 while sending: the signed address has expired; the next try gets a new one.
-            if code in _PASSING | _MOVED or code >= 500 or (sending and code == 403):
+            # 403 of another host: the signed address has expired; the next try gets a new one. The
+            # Hub's own is final: rights, a full storage, or "storage patterns".
+            hub = origin(str(cause.response.url)) == origin(self._api.endpoint)
+            expired = sending and code == 403 and not hub
+            if code in _PASSING | _MOVED or code >= 500 or expired:
                 return TransientError(
                     f"the Hub answered {code}", asked_wait(cause.response.headers)
                 )
@@ -288,6 +319,10 @@ class HubTarget:
                 f"{where}: the Hub answered {code}{f' ({said})' if said else ''}. Check the "
                 "repository's name, and that your token may write to it: log in with `hf auth "
                 "login`, or set HF_TOKEN."
+            )
+        if isinstance(cause, LocalTokenNotFoundError):
+            return PublishError(
+                f"{where}: there is no token. Log in with `hf auth login`, or set HF_TOKEN."
             )
         if isinstance(cause, OfflineModeIsEnabled):
             return PublishError(f"{where}: HF_HUB_OFFLINE forbids to ask the Hub. Unset it.")

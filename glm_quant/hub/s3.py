@@ -232,6 +232,12 @@ def translate(error: ClientError, where: str) -> Exception:
     code = str(answer.get("Error", {}).get("Code", ""))
     meta = answer.get("ResponseMetadata", {})
     status = int(meta.get("HTTPStatusCode", 0))
+    if status == 501:  # what it does not know today it does not know in an hour
+        return SourceError(
+            f"{where}: the server answered {status} {code}: it does not know something that is "
+            "needed here, most likely checksums (SHA256) or uploads in parts. Use another server, "
+            "or a newer version of it."
+        )
     if code in _PASSING_CODES or status in _RETRIED - {400} or status >= 500:
         return TransientError(
             f"the server answered {status} {code}", asked_wait(meta.get("HTTPHeaders", {}))

@@ -98,6 +98,17 @@ class Target(Protocol):
         """
         ...
 
+    def judge(self, folder: Path) -> None:
+        """Ask, before the work, whether a build in `folder` could be published here.
+
+        Nothing that anybody sees is written.
+
+        Raises:
+            PublishError: the target refuses us, holds something else, or cannot be reached
+                (`may_pass`).
+        """
+        ...
+
     def upload(self, folder: Path, file: FileDigest) -> None:
         """Bring one file of the coming build there, out of sight; return when it is proved there.
 

@@ -116,13 +116,22 @@ class Conversion:
             RecipeError: too many outputs would be open at a time.
         """
         check_open_outputs(self.outputs.most_open)
-        missing_bytes = sorted(
+        needed = self.missing_bytes(evicting) + source_bytes
+        require_space(self._workspace.root, needed, "the build")
+
+    def missing_bytes(self, evicting: bool = False) -> int:
+        """Return how many bytes of outputs are still to be written.
+
+        Args:
+            evicting: finished shards leave this disk once a target has them.
+        """
+        shards = sorted(
             shard.size_bytes - _allocated(self._workspace.partial / f"{shard.name}.part")
             for shard in (self.plan.shards[i] for i in self.outputs.unfinished())
         )
         if evicting:  # those that are open, and one that is uploaded while the next is made
-            missing_bytes = missing_bytes[-self.outputs.most_open - 1 :]
-        require_space(self._workspace.root, sum(missing_bytes) + source_bytes, "the build")
+            shards = shards[-self.outputs.most_open - 1 :]
+        return sum(shards)
 
     def complete(self, shard: int, progress: Progress | None = None) -> ShardRecord:
         """Bring one output shard to completion, or return its record if it is finished.

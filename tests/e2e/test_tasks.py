@@ -128,7 +128,7 @@ def test_a_target_that_fails_is_told_and_left_to_publishing(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    """The run goes on, and its log says what is missing where."""
+    """The run goes on; its log and its page say what failed, and what is missing where."""
     give_up_after(monkeypatch, 2)
     place.fault(Fault("status", "org/away", times=1_000_000))
     send(spec)
@@ -136,6 +136,11 @@ def test_a_target_that_fails_is_told_and_left_to_publishing(
     assert sent(spec, HERE) == shards
     assert sent(spec, AWAY) == []
     assert f"{AWAY} lacks {len(shards)} shards; publishing sends them again" in caplog.text
+    problem = f"The upload to {AWAY} failed"
+    assert sum(problem in record.getMessage() for record in caplog.records) >= 1
+    with get_client(sync_client=True) as client:
+        texts = [str(artifact.data) for artifact in client.read_artifacts()]
+    assert any(problem in text and "The conversion goes on" in text for text in texts)
 
 
 def test_shards_leave_the_disk_though_a_target_is_away(

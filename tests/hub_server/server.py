@@ -44,6 +44,9 @@ class HubServer(ThreadingHTTPServer):
         """
         super().__init__(("127.0.0.1", port), _Handler)
         self.token = token
+        # Who owns the token, what it allows, and the owner's role in organizations.
+        self.user, self.token_role = "tester", "write"
+        self.organizations = {"org": "write"}
         self.page = page
         self.rate: float | None = None
         self.repos: dict[str, Repo] = {}
@@ -164,6 +167,7 @@ class _Handler(Uploads, BaseHTTPRequestHandler):
         if self._fault and self._fault.kind == "status":
             return self._json(self._fault.status, {"error": "on order"}, self._fault.headers)
         routes = {
+            r"/api/whoami-v2": self._whoami,
             r"/api/models": self._models,
             rf"/api/(?:models|datasets)/{_REPO}(?:/revision/(.+))?": self._info,
             rf"/api/models/{_REPO}/refs": self._refs,
@@ -180,6 +184,30 @@ class _Handler(Uploads, BaseHTTPRequestHandler):
         return self._json(404, {"error": "no such route"})
 
     # What the routes answer
+
+    def _whoami(self) -> None:
+        """Answer as the real one: a user, its organizations, and the token that was sent."""
+        token = (self._asked.authorization or "").removeprefix("Bearer ")
+        if not token or token != (self.server.token or token):
+            said = {"X-Error-Message": "Invalid credentials in Authorization header"}
+            return self._json(401, {"error": "Invalid credentials in Authorization header"}, said)
+        organizations = [
+            {"type": "org", "id": "1", "name": name, "fullname": name, "roleInOrg": role}
+            for name, role in self.server.organizations.items()
+        ]
+        access = {"displayName": "of the tests", "role": self.server.token_role}
+        return self._json(
+            200,
+            {
+                "type": "user",
+                "id": "0",
+                "name": self.server.user,
+                "fullname": self.server.user,
+                "isPro": False,
+                "orgs": organizations,
+                "auth": {"type": "access_token", "accessToken": access},
+            },
+        )
 
     def _models(self) -> None:
         author = self._query.get("author", [""])[0]

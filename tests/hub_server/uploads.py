@@ -64,7 +64,8 @@ class Uploads:
     def _writable(self, name: str) -> Repo | None:
         """Return a repository that the sender may write to, or answer with what is wrong."""
         repo = self.server.repos.get(name)
-        if self.server.token and self._asked.authorization != f"Bearer {self.server.token}":
+        allowed = self._asked.authorization == f"Bearer {self.server.token}"
+        if self.server.token and not (allowed and self.server.token_role == "write"):
             said = {"X-Error-Message": "You have no right to write here"}
             self._json(403, {"error": "You have no right to write here"}, said)
             return None
@@ -75,6 +76,12 @@ class Uploads:
     def _create_repo(self) -> None:
         wanted = json.loads(self._sent)
         name = f"{wanted['organization']}/{wanted['name']}"
+        owner = wanted["organization"]
+        roles = {self.server.user: "admin", **self.server.organizations}
+        if self.server.token and roles.get(owner, "read") == "read":
+            reason = f'You don\'t have the rights to create a model under the namespace "{owner}"'
+            self._json(403, {"error": reason}, {"X-Error-Message": reason})
+            return
         if name in self.server.repos:
             if self._writable(name):
                 url = f"{self.server.url}/{name}"

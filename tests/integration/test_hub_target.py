@@ -294,6 +294,41 @@ def test_refusals_say_the_way_out_and_no_token(
     assert sent(hub) == 0
 
 
+def test_a_target_is_judged_by_the_hub_itself(hub: HubServer, build: Path) -> None:
+    """Namespace, role, rights and strangers are told beforehand; nothing is written by asking."""
+    target(hub).judge(build)
+    assert REPO not in hub.repos
+    hub.organizations = {"org": "read", "others": "write"}
+    with pytest.raises(PublishError, match=r"its role in org is read\. Publish to one of: tester"):
+        target(hub).judge(build)
+    hub.organizations = {}
+    with pytest.raises(PublishError, match=r"its role in org is none\. Publish to one of: tester;"):
+        target(hub).judge(build)
+    with pytest.raises(PublishError, match="the Hub answered 401"):
+        target(hub, token="hf_Wrong").judge(build)
+    hub.add_commit(REPO, {"README.md": Content.of_bytes(b"ours")})
+    before = dict(hub.repos[REPO].branches)
+    target(hub).judge(build)
+    assert hub.repos[REPO].branches == before
+    assert sent(hub) == 0
+    reason = {"X-Error-Message": "Private repository storage limit reached"}
+    hub.fault(Fault("status", "/preupload/", status=403, headers=reason))
+    with pytest.raises(PublishError, match=r"403 .*storage limit reached"):
+        target(hub).judge(build)
+    hub.add_commit(REPO, {"model.safetensors": Content.of_bytes(b"theirs")})
+    with pytest.raises(PublishError, match="no build of glm-quant"):
+        target(hub).judge(build)
+
+
+def test_a_refusal_while_bytes_are_sent_is_final(hub: HubServer, build: Path) -> None:
+    """403 of the Hub itself is told at once, in its words; only a signed address may expire."""
+    reason = {"X-Error-Message": "storage patterns tripped our internal systems"}
+    hub.fault(Fault("status", "/objects/batch", times=99, status=403, headers=reason))
+    with pytest.raises(PublishError, match=r"403 .*storage patterns"):
+        target(hub).upload(build, FileDigest.of(build, SHARDS[0]))
+    assert len(hub.requests("/objects/batch")) == 1
+
+
 def test_a_hub_that_echoes_the_token_cannot_make_us_say_it(hub: HubServer, build: Path) -> None:
     """What a server says goes into the message, but for the token."""
     said = {"X-Error-Message": f"pay, {TOKEN}"}

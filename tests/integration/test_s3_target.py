@@ -259,6 +259,20 @@ def test_strangers_are_left_alone(client: Any, bucket: str, build: Path, tmp_pat
     assert keys(client, bucket) == {"LATEST"}
 
 
+def test_a_target_is_judged_by_a_byte_that_is_sent(
+    client: Any, bucket: str, build: Path, tmp_path: Path, weed: Any
+) -> None:
+    """Who may write is not refused and leaves nothing behind; who may not is refused beforehand."""
+    target(client, bucket, tmp_path).judge(build)
+    assert keys(client, bucket) == set()
+    assert not client.list_multipart_uploads(Bucket=bucket).get("Uploads")
+    wrong = connect(f"http://{weed[0]}:{weed[1]}", "AnotherSecretOfTheTests", seconds=20)
+    with pytest.raises(PublishError, match="Check the credentials"):
+        target(wrong, bucket, tmp_path).judge(build)
+    with pytest.raises(PublishError, match="404 NoSuchBucket"):
+        target(client, "no-such-bucket", tmp_path).judge(build)
+
+
 def test_refusals_are_told_without_the_secret(
     weed: tuple[str, int], bucket: str, build: Path, tmp_path: Path
 ) -> None:
