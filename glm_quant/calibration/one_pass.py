@@ -25,7 +25,8 @@ from glm_quant.model.geometry import Geometry
 from glm_quant.quantize.assemble import output_config
 from glm_quant.quantize.convert import Conversion
 from glm_quant.quantize.early_encode import EarlyEncoder
-from glm_quant.quantize.plan import Plan, PlannedWeight, calibrated
+from glm_quant.quantize.layout import PlannedWeight
+from glm_quant.quantize.plan import Plan, calibrated
 from glm_quant.recipe import Recipe
 from glm_quant.streaming.forward import TokenBatch, layer_gap
 from glm_quant.streaming.weights import BuildWeights

@@ -42,15 +42,15 @@ def check_fp8_config(config: Mapping[str, Any]) -> bool:
     Raises:
         CheckpointError: it describes some other quantization, which is no source to convert from.
     """
-    said = config.get("quantization_config")
-    if said is None:
+    quantization = config.get("quantization_config")
+    if quantization is None:
         if "quantization" in config:
             raise CheckpointError(
                 "config.json: `quantization` says that this checkpoint was quantized for MLX "
                 "already. Use the BF16 release as the source."
             )
         return False
-    fields = cast("dict[str, Any]", said) if isinstance(said, dict) else {}
+    fields = cast("dict[str, Any]", quantization) if isinstance(quantization, dict) else {}
     method, blocks = fields.get("quant_method"), fields.get("weight_block_size")
     if method != "fp8" or blocks != [BLOCK, BLOCK]:
         raise CheckpointError(

@@ -126,13 +126,13 @@ def parse_header(text: bytes, shard: str, file_size: int) -> dict[str, TensorInf
 
 def _json_object(text: bytes, shard: str) -> dict[str, Any]:
     def no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        found = dict(pairs)
-        if len(found) != len(pairs):
+        fields = dict(pairs)
+        if len(fields) != len(pairs):
             twice, times = Counter(name for name, _ in pairs).most_common(1)[0]
             raise HeaderError(
                 f"{shard}: the header names {shorten(twice)} {times} times. Fetch the file again."
             )
-        return found
+        return fields
 
     require_few_values(text, f"{shard}: the header")
     try:

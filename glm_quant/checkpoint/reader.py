@@ -93,7 +93,7 @@ class Checkpoint:
             HeaderError: a header lies.
         """
         self.require_weights()
-        found: dict[str, TensorInfo] = {}
+        tensors: dict[str, TensorInfo] = {}
         with ThreadPoolExecutor(_HEADER_READERS, thread_name_prefix="header") as pool:
             headers = list(pool.map(self._read_header, self.index.shards))
         for shard, header in zip(self.index.shards, headers, strict=True):
@@ -105,14 +105,14 @@ class Checkpoint:
                         f"{placed or 'no shard'}. Index and shards are of different builds; fetch "
                         "both again."
                     )
-                found[name] = tensor
+                tensors[name] = tensor
         for name, shard in self.index.weight_map.items():
-            if name not in found:
+            if name not in tensors:
                 raise MissingTensorError(
                     f"{shard}: tensor {name} is not in it, although {INDEX_NAME} says so. Fetch "
                     "the shard again."
                 )
-        return found
+        return tensors
 
     def read(self, name: str) -> mx.array:
         """Return a whole tensor in its stored dtype and shape; an FP8 weight as bfloat16."""

@@ -95,13 +95,13 @@ class FolderSource:
 
     def files(self) -> Mapping[str, SourceFile]:
         """All plain files of the folder by name (subfolders are not part of a checkpoint)."""
-        found: dict[str, SourceFile] = {}
+        files: dict[str, SourceFile] = {}
         for path in entries(self._folder):
             if path.is_file() and not path.name.startswith("."):
                 stat = path.stat()
                 identity = f"stat:{stat.st_size}:{stat.st_mtime_ns}"
-                found[path.name] = SourceFile(path.name, stat.st_size, identity)
-        return found
+                files[path.name] = SourceFile(path.name, stat.st_size, identity)
+        return files
 
     def read(self, name: str, begin: int = 0, end: int | None = None) -> bytes:
         """Return bytes of a file of the folder."""

@@ -8,11 +8,12 @@ For a group of weights w with B bits, n = 2ᴮ - 1 (mx.quantize, backend/cpu/qua
     code = clip(round((w - b) / s), 0, n)
 
 so the edge and zero are represented exactly. Codes come from s and b in float32, which are rounded
-to the weight's dtype only to be stored. What a reader would get wrong: mx.quantize itself is not
-the same everywhere. Its GPU kernels start the maximum at 0 and round halves away from zero; its CPU
-kernel, and this loop, start at the first value and round halves to even. Every operation here is
-one IEEE 754 float32 operation (no fused multiply-add, no reciprocal), so all machines give the same
-bytes.
+to the weight's dtype only to be stored.
+
+mx.quantize itself is not the same everywhere: its GPU kernels start the maximum at 0 and round
+halves away from zero; its CPU kernel, and this loop, start at the first value and round halves to
+even. Every operation here is one IEEE 754 float32 operation (no fused multiply-add, no reciprocal),
+so all machines give the same bytes.
 """
 
 from functools import cache
@@ -54,6 +55,7 @@ def quantize_unrounded(
     scales = np.empty((rows, width // group_size), np.float32)
     biases = np.empty_like(scales)
     if dtype == "BF16":
+        # The loop shifts them itself: a float32 copy of the block would cost more than the loop.
         source, shift = weights.reshape(-1), 16
     else:
         source, shift = to_float32(weights, dtype).view(np.uint32).reshape(-1), 0
@@ -76,6 +78,7 @@ def from_float32(values: NDArray[np.float32], dtype: str) -> Bits:
     if dtype == "F16":
         return values.astype(np.float16).view(np.uint16)
     wide = values.view(np.uint32)
+    # Adds half a unit of the last place kept, less one where that place is even.
     odd = (wide >> np.uint32(16)) & np.uint32(1)
     return ((wide + np.uint32(0x7FFF) + odd) >> np.uint32(16)).astype(np.uint16)
 
@@ -130,18 +133,32 @@ def _pack(codes: Any, bits: Any, out: Any, word: Any) -> None:  # pragma: no cov
                 word += 1
 
 
+@compiled
+def _grid(low: Any, high: Any, n: Any) -> Any:  # pragma: no cover - compiled
+    """Return scale and bias of a group from its ends."""
+    from_low = abs(low) > abs(high)
+    scale = max((high - low) / n, np.float32(1e-7))
+    if not from_low:
+        scale = -scale
+    edge = low if from_low else high
+    at_zero = np.rint(edge / scale)
+    bias = np.float32(0)
+    if at_zero != bias:
+        # Adjusted so that zero has a code of its own.
+        scale = edge / at_zero
+        bias = edge
+    return scale, bias
+
+
 @cache
 def _loop(bits: int, group_size: int, shift: int) -> Any:
     """Compile the loop for a scheme.
 
-    The ends of a group are found among integers that order as the values do: only of integers
-    LLVM makes a minimum of vectors, and for the loop over 16 lanes it made one of floats, that
-    took two thirds of the time.
+    The ends of a group are looked for among integers that order as the values do: LLVM makes a
+    minimum of vectors only of integers, and that of floats took two thirds of the time.
     """
-    n = np.float32((1 << bits) - 1)
-    eps = np.float32(1e-7)
-    zero = np.float32(0)
-    left, sign, magnitude = np.int32(shift), np.int32(31), np.int32(0x7FFFFFFF)
+    n, zero = np.float32((1 << bits) - 1), np.float32(0)
+    shift_bits, sign, magnitude = np.int32(shift), np.int32(31), np.int32(0x7FFFFFFF)
     least = np.int32(-0x80000000)
     words = group_size * bits // 32
 
@@ -157,24 +174,15 @@ def _loop(bits: int, group_size: int, shift: int) -> Any:
             first = g * group_size
             lowest, highest = magnitude, least
             for j in range(group_size):
-                value = np.int32(np.int32(source[first + j]) << left)
+                value = np.int32(np.int32(source[first + j]) << shift_bits)
                 pattern[j] = value
+                # Negative floats order the other way round than their bits.
                 ordered = np.int32(value ^ ((value >> sign) & magnitude))
                 lowest = min(lowest, ordered)
                 highest = max(highest, ordered)
             ends[0] = lowest ^ ((lowest >> sign) & magnitude)
             ends[1] = highest ^ ((highest >> sign) & magnitude)
-            low, high = values[0], values[1]
-            from_low = abs(low) > abs(high)
-            scale = max((high - low) / n, eps)
-            if not from_low:
-                scale = -scale
-            edge = low if from_low else high
-            at_zero = np.rint(edge / scale)
-            bias = zero
-            if at_zero != zero:
-                scale = edge / at_zero
-                bias = edge
+            scale, bias = _grid(values[0], values[1], n)
             for j in range(group_size):
                 code = np.rint((group[j] - bias) / scale)
                 codes[j] = np.uint32(np.int32(min(max(code, zero), n)))

@@ -1,8 +1,9 @@
 """One block of rows to its stored bytes: the only place where weights change value.
 
 Blocks are numpy arrays of the bits of their dtype, since numpy has no bfloat16. The affine schemes
-are our own loops (`affine`, `search`); the mx and nv formats are mx.quantize's, on the CPU on every
-machine. mx.quantize returns plausible numbers for NaN input, so every value is looked at before.
+are our own loops (`affine`, `search`, `gptq`); the mx and nv formats are mx.quantize's, on the CPU
+of every machine. mx.quantize returns plausible numbers for NaN input, so every value is looked at
+first.
 """
 
 import threading
@@ -70,6 +71,7 @@ def load_rows(
         data = dequantize(data.reshape(-1, width), scales, first_row).reshape(-1).view(np.uint8)
         dtype = "BF16"
     bits: Bits = data.view(np.uint32 if dtype == "F32" else np.uint16)
+    # A look at the bits first: it is vectorized, and nearly always all that is needed.
     if bits.size and largest_magnitude(bits) >= _INFINITY[dtype]:
         finite = np.isfinite(to_float32(bits, dtype))
         bad = np.flatnonzero(~finite)
@@ -106,13 +108,7 @@ def encode(
     if not isinstance(scheme, Quantized):
         return [_cast(rows, scheme.dtype, where)]
     if scheme.mode == "affine":
-        if factor is not None:
-            made = quantize_gptq(*rows, scheme.bits, scheme.group_size, factor, importance)
-        elif scheme.quantizer != "minmax":
-            made = quantize_search(*rows, scheme.bits, scheme.group_size, importance)
-        else:
-            made = quantize_affine(*rows, scheme.bits, scheme.group_size)
-        codes, scales, biases = made
+        codes, scales, biases = _quantize_affine(rows, scheme, importance, factor)
         if largest_magnitude(scales) >= _INFINITY[rows.dtype]:
             bad = int((~np.isfinite(to_float32(scales, rows.dtype))).sum())
             raise WeightError(
@@ -122,6 +118,19 @@ def encode(
             )
         return [codes, scales, biases]
     return _quantize_with_mlx(rows, scheme)
+
+
+def _quantize_affine(
+    rows: Rows,
+    scheme: Quantized,
+    importance: NDArray[np.float32] | None,
+    factor: NDArray[np.float32] | None,
+) -> tuple[NDArray[np.uint32], Bits, Bits]:
+    if factor is not None:
+        return quantize_gptq(*rows, scheme.bits, scheme.group_size, factor, importance)
+    if scheme.quantizer != "minmax":
+        return quantize_search(*rows, scheme.bits, scheme.group_size, importance)
+    return quantize_affine(*rows, scheme.bits, scheme.group_size)
 
 
 def _cast(rows: Rows, dtype: str, where: str) -> Bits:
@@ -139,13 +148,14 @@ def _cast(rows: Rows, dtype: str, where: str) -> Bits:
 
 
 def _quantize_with_mlx(rows: Rows, scheme: Quantized) -> list[NDArray[Any]]:
+    # On the CPU everywhere: mx.quantize's GPU kernels round halves differently.
     with mx.stream(_cpu_stream()):
         weights = as_array(np.ascontiguousarray(rows.bits).data, rows.dtype, rows.bits.shape)
-        made = mx.quantize(
+        stored = mx.quantize(
             weights, group_size=scheme.group_size, bits=scheme.bits, mode=scheme.mode
         )
-        mx.eval(made)
-        return [np.asarray(array) for array in made]
+        mx.eval(stored)
+        return [np.asarray(array) for array in stored]
 
 
 def _cpu_stream() -> mx.Stream:

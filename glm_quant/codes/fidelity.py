@@ -9,6 +9,7 @@ large blocks every thirteenth group is looked at: all of them would cost as much
 import math
 from dataclasses import dataclass
 from functools import cache
+from itertools import zip_longest
 from typing import Any, Self
 
 import mlx.core as mx
@@ -65,16 +66,14 @@ class Fidelity:
             return 0.0 if self.error_energy == 0 else math.inf
         return math.sqrt(self.error_energy / self.weight_energy)
 
-    def __add__(self, other: "Fidelity") -> "Fidelity":
+    def __add__(self, block: "Fidelity") -> "Fidelity":
         """Return the sums over both."""
-        longest = max(len(self.histogram), len(other.histogram))
-        mine, theirs = ((*f.histogram, *[0] * (longest - len(f.histogram))) for f in (self, other))
         return Fidelity(
-            self.count + other.count,
-            self.error_energy + other.error_energy,
-            self.weight_energy + other.weight_energy,
-            max(self.largest_error, other.largest_error),
-            tuple(a + b for a, b in zip(mine, theirs, strict=True)),
+            self.count + block.count,
+            self.error_energy + block.error_energy,
+            self.weight_energy + block.weight_energy,
+            max(self.largest_error, block.largest_error),
+            tuple(map(sum, zip_longest(self.histogram, block.histogram, fillvalue=0))),
         )
 
     def check(self, scheme: Quantized, where: str) -> None:
@@ -127,7 +126,7 @@ def _measure_with_mlx(
 ) -> Fidelity:
     codes, scales = (mx.array(array.reshape(weights.shape[0], -1)) for array in stored)
     with mx.stream(mx.cpu):
-        made = mx.dequantize(
+        read = mx.dequantize(
             codes,
             scales,
             group_size=scheme.group_size,
@@ -135,29 +134,45 @@ def _measure_with_mlx(
             mode=scheme.mode,
             dtype=mx.float32,
         )
-        given = as_array(np.ascontiguousarray(weights).data, dtype, weights.shape)
-        wide = given.astype(mx.float32)
-        error = mx.abs(made - wide)
+        source = as_array(np.ascontiguousarray(weights).data, dtype, weights.shape)
+        wide = source.astype(mx.float32)
+        error = mx.abs(read - wide)
         sums = (mx.sum(error * error), mx.sum(wide * wide), mx.max(error))
         mx.eval(sums)
     return Fidelity.of(weights.size, *(value.item() for value in sums), ())
 
 
+@compiled
+def _unpack(codes: Any, bits: Any, word: Any, values: Any) -> None:  # pragma: no cover - compiled
+    """Read a group's codes from the words of `codes` from `word` on, as numbers.
+
+    Callers give a constant number of bits; then this unrolls and vectorizes.
+    """
+    mask = np.uint32((1 << bits) - 1)
+    if 32 % bits == 0:
+        per_word = 32 // bits
+        for k in range(values.size // per_word):
+            packed = codes[word + k]
+            for i in range(per_word):
+                code = (packed >> np.uint32(i * bits)) & mask
+                values[k * per_word + i] = np.float32(np.int32(code))
+    else:
+        for j in range(values.size):
+            bit = j * bits
+            low = np.uint64(codes[word + bit // 32]) >> np.uint64(bit % 32)
+            if bit % 32 + bits > 32:
+                low |= np.uint64(codes[word + bit // 32 + 1]) << np.uint64(32 - bit % 32)
+            values[j] = np.float32(np.int32(np.uint32(low) & mask))
+
+
 @cache
 def _loop(bits: int, group_size: int, shift: int) -> Any:
     """Compile the loop for a scheme."""
-    mask = np.uint32((1 << bits) - 1)
     fold = np.uint32(max(0, bits - 4))
-    per_word = 32 // bits if 32 % bits == 0 else 0
     words = group_size * bits // 32
 
     def loop(  # pragma: no cover - compiled
-        source: Any,
-        stride: Any,
-        codes: Any,
-        scales: Any,
-        biases: Any,
-        histogram: Any,
+        source: Any, stride: Any, codes: Any, scales: Any, biases: Any, histogram: Any
     ) -> Any:
         values = np.empty(group_size, np.float32)
         group = np.empty(group_size, np.float32)
@@ -165,23 +180,11 @@ def _loop(bits: int, group_size: int, shift: int) -> Any:
         error_energy, weight_energy, largest = 0.0, 0.0, np.float32(0)
         for g in range(0, scales.size, stride):
             first = g * group_size
-            word = g * words
-            if per_word:
-                for k in range(words):
-                    packed = codes[word + k]
-                    for i in range(per_word):
-                        code = (packed >> np.uint32(i * bits)) & mask
-                        values[k * per_word + i] = np.float32(np.int32(code))
-            else:
-                for j in range(group_size):
-                    bit = j * bits
-                    low = np.uint64(codes[word + bit // 32]) >> np.uint64(bit % 32)
-                    if bit % 32 + bits > 32:
-                        low |= np.uint64(codes[word + bit // 32 + 1]) << np.uint64(32 - bit % 32)
-                    values[j] = np.float32(np.int32(np.uint32(low) & mask))
+            _unpack(codes, bits, g * words, values)
             for j in range(group_size):
                 pattern[j] = np.uint32(source[first + j]) << np.uint32(shift)
             scale, bias = scales[g], biases[g]
+            # A group's sums in float32 vectorize; those of a weight need float64.
             error, weight, most = np.float32(0), np.float32(0), np.float32(0)
             for j in range(group_size):
                 d = scale * values[j] + bias - group[j]

@@ -9,7 +9,7 @@ column's nearest code is chosen, and its error is spread over the columns to the
     eⱼ = (wⱼ - ŵⱼ) / Uⱼⱼ        wₖ ← wₖ - eⱼ·Uⱼₖ  for k > j
 
 U [width, width] is the upper Cholesky factor of H⁻¹, which calibration has made (H with a share of
-its mean diagonal added, so that what was not seen stays put). What a reader would get wrong: U is
+its mean diagonal added, so that a column that calibration did not excite stays as it is). U is
 data, made once and known by its digest; here are only single IEEE operations in a fixed order, so
 all machines that have the same U make the same bytes. The cost is rows · width² multiplications.
 """
@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from glm_quant.codes.affine import Bits, from_float32, recoder, to_float32
-from glm_quant.codes.gptq_group import Group
+from glm_quant.codes.gptq_group import Grid, Group
 from glm_quant.codes.search import quantize_search
 from glm_quant.compiled import compiled
 
@@ -55,30 +55,41 @@ def quantize_gptq(
     codes = np.empty((rows, width), np.float32)
     scales = np.empty((rows, width // group_size), weights.dtype)
     biases = np.empty_like(scales)
-    n = np.float32((1 << bits) - 1)
     per_unit = rows if importance is None else rows // len(importance)
-    blocks = [
-        (unit, slice(first, min(first + _ROWS, (unit + 1) * per_unit)))
-        for unit in range(rows // per_unit)
-        for first in range(unit * per_unit, (unit + 1) * per_unit, _ROWS)
-    ]
-    for unit, part in blocks:
-        left = to_float32(np.ascontiguousarray(weights[part]), dtype)
-        unit_rows = None if importance is None else importance[unit][None]
-        for group in range(width // group_size):
-            columns = slice(group * group_size, (group + 1) * group_size)
-            now = from_float32(np.ascontiguousarray(left[:, columns]), dtype)
-            column_importance = (
-                None if unit_rows is None else np.ascontiguousarray(unit_rows[:, columns])
-            )
-            _, s, b = quantize_search(now, dtype, bits, group_size, column_importance)
-            made = Group(left[:, columns], factor[columns, columns], n)
-            grid = made.refine((to_float32(s[:, 0], dtype), to_float32(b[:, 0], dtype)), dtype)
-            errors = made.choose(grid)
-            scales[part, group], biases[part, group] = (from_float32(v, dtype) for v in grid)
-            codes[part, columns] = made.codes.T
-            _spread(left, columns.stop, errors, factor[columns])
+    for first in range(0, rows, per_unit):
+        unit = None if importance is None else importance[first // per_unit][None]
+        for begin in range(first, first + per_unit, _ROWS):
+            part = slice(begin, min(begin + _ROWS, first + per_unit))
+            updated = to_float32(np.ascontiguousarray(weights[part]), dtype)
+            for group in range(width // group_size):
+                columns = slice(group * group_size, (group + 1) * group_size)
+                group_importance = None if unit is None else np.ascontiguousarray(unit[:, columns])
+                grid, codes[part, columns], errors = _quantize_group(
+                    updated[:, columns], dtype, bits, factor[columns, columns], group_importance
+                )
+                scales[part, group], biases[part, group] = (from_float32(v, dtype) for v in grid)
+                _spread(updated, columns.stop, errors, factor[columns])
     return _packed(codes, bits, group_size), scales, biases
+
+
+def _quantize_group(
+    weights: NDArray[np.float32],
+    dtype: str,
+    bits: int,
+    factor: NDArray[np.float32],
+    importance: NDArray[np.float32] | None,
+) -> tuple[Grid, NDArray[np.float32], NDArray[np.float32]]:
+    """Quantize a group's columns in some rows.
+
+    Returns:
+        Scale and bias of each row, codes [rows, columns], and errors to spread [columns, rows].
+    """
+    stored = from_float32(np.ascontiguousarray(weights), dtype)
+    _, s, b = quantize_search(stored, dtype, bits, weights.shape[1], importance)
+    group = Group(weights, factor, np.float32((1 << bits) - 1))
+    grid = group.refine((to_float32(s[:, 0], dtype), to_float32(b[:, 0], dtype)), dtype)
+    errors = group.choose(grid)
+    return grid, group.codes.T, errors
 
 
 def _packed(codes: NDArray[np.float32], bits: int, group_size: int) -> NDArray[np.uint32]:
@@ -86,6 +97,7 @@ def _packed(codes: NDArray[np.float32], bits: int, group_size: int) -> NDArray[n
     rows, width = codes.shape
     words = np.empty((rows, width * bits // 32), np.uint32)
     groups = codes.size // group_size
+    # Every group is chosen, so the words need no value before.
     ones, zeros = np.ones(groups, np.float32), np.zeros(groups, np.float32)
     every = np.ones(groups, np.bool_)
     recoder(bits)(codes.reshape(-1), ones, zeros, every, words.reshape(-1))
@@ -93,8 +105,10 @@ def _packed(codes: NDArray[np.float32], bits: int, group_size: int) -> NDArray[n
 
 
 @compiled
-def _spread(left: Any, first: Any, errors: Any, factor: Any) -> None:  # pragma: no cover - compiled
-    """Spread a group's errors, [columns, rows], over `left` [rows, width] from column `first` on.
+def _spread(
+    updated: Any, first: Any, errors: Any, factor: Any
+) -> None:  # pragma: no cover - compiled
+    """Spread a group's errors [columns, rows] over `updated` [rows, width] from column `first` on.
 
     A tile of U stays in the nearest cache for all rows, and a weight in a register for four errors:
     what a weight loses, and in which order, is as if they were taken one by one.
@@ -106,8 +120,8 @@ def _spread(left: Any, first: Any, errors: Any, factor: Any) -> None:  # pragma:
         for j in range(size):
             for k in range(end - begin):
                 tile[j, k] = factor[j, begin + k]
-        for row in range(left.shape[0]):
-            w = left[row, begin:end]
+        for row in range(updated.shape[0]):
+            w = updated[row, begin:end]
             for j in range(0, size, 4):
                 e0, e1 = errors[j, row], errors[j + 1, row]
                 e2, e3 = errors[j + 2, row], errors[j + 3, row]

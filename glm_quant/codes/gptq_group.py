@@ -4,13 +4,13 @@ Errors of a group are spread (`gptq`) as e = (w - ŵ)·U⁻¹ among the group's 
 the layer's output loses in the end, however well later columns make up for it. With a = w·U⁻¹ and
 o = 1·U⁻¹, what the codes stand for is y = a - e, and other scales and biases for the same codes are
 αy + βo. So from each of several grids, steps alternate between the codes that `gptq` chooses and
-the α and β that make least
+the α and β that minimize
 
     Σe² + G·(Σe·a)² / Σa²
 
-What a reader would get wrong: without the second term Σe² falls further, and KL rises. Least
-squares shrink what they fit, in all rows alike, so the layer's output shrinks; that is what Σe·a
-measures. The best grid of all is kept, the one to begin with among them, scored as it is stored.
+Without the second term Σe² falls further, and KL rises: least squares shrink what they fit, in all
+rows alike, so the layer's output shrinks, which is what Σe·a measures. The best grid is kept, the
+one to begin with among them, scored as it is stored.
 Sums are made in order, in float64: the bytes are the same on every machine.
 """
 
@@ -38,21 +38,21 @@ class Group:
     """A group's columns in some rows, [columns, rows]: rows lie side by side, one a lane.
 
     Attributes:
-        left: weights as they are by now.
+        weights: with the errors of the groups before spread over them.
         factor: U among the columns.
-        codes: that were chosen last.
+        codes: those that were chosen last.
     """
 
-    def __init__(self, left: Floats, factor: Floats, n: np.float32) -> None:
-        """Prepare; `left` is [rows, columns], `n` the largest code."""
-        self.left, self.factor = np.ascontiguousarray(left.T), np.ascontiguousarray(factor)
-        self.codes = np.empty_like(self.left)
+    def __init__(self, weights: Floats, factor: Floats, n: np.float32) -> None:
+        """Prepare; `weights` is [rows, columns], `n` the largest code."""
+        self.weights, self.factor = np.ascontiguousarray(weights.T), np.ascontiguousarray(factor)
+        self.codes = np.empty_like(self.weights)
         self._n = n
 
     def choose(self, grid: Grid) -> Floats:
         """Choose codes under a scale and bias for each row; returns the errors to spread."""
-        errors = np.empty_like(self.left)
-        _choose(self.left.copy(), grid, self._n, self.factor, self.codes, errors)
+        errors = np.empty_like(self.weights)
+        _choose(self.weights.copy(), grid, self._n, self.factor, self.codes, errors)
         return errors
 
     def refine(self, grid: Grid, dtype: str) -> Grid:
@@ -62,30 +62,31 @@ class Group:
             grid: scale and bias to begin with, [rows] each.
             dtype: of scales and biases.
         """
-        image = _divided(self.left, self.factor)
+        image = _divided(self.weights, self.factor)
         unit = _divided(np.ones((len(image), 1), np.float32), self.factor)
         aa, _, ao = _sums(image, image, unit)
         oo = float(_sums(unit, unit, unit)[0, 0])
         weight = _GAIN / np.maximum(aa, np.finfo(np.float64).tiny)
-        best, least = grid, np.full(self.left.shape[1], np.inf)
+        best, least = grid, np.full(self.weights.shape[1], np.inf)
         for width in _WIDTHS:
-            now = _widened(grid, self._n, np.float32(width), dtype)
+            trial = _widened(grid, self._n, np.float32(width), dtype)
             for _ in range(_STEPS + 1):
-                ee, ea, eo = _sums(self.choose(now), image, unit)
+                ee, ea, eo = _sums(self.choose(trial), image, unit)
                 cost = ee + weight * ea * ea
                 better = cost < least
                 least = np.where(better, cost, least)
-                best = np.where(better, now[0], best[0]), np.where(better, now[1], best[1])
+                best = np.where(better, trial[0], best[0]), np.where(better, trial[1], best[1])
                 # Normal equations of α and β.
                 ya, yo, yy = aa - ea, ao - eo, aa - 2 * ea + ee
                 both = yo + weight * ya * ao
                 first, second = yy + weight * ya * ya, oo + weight * ao * ao
                 spread = first * second - both * both
-                known = spread > 1e-6 * first * second
-                share = (1 + weight * aa) / np.where(known, spread, 1)
-                alpha = np.where(known, share * (ya * second - ao * both), 1)
-                beta = np.where(known, share * (ao * first - ya * both), 0)
-                now = _accepted((alpha * now[0], alpha * now[1] + beta), now, dtype)
+                # Codes that are nearly all alike do not decide them; such rows keep their grid.
+                decided = spread > 1e-6 * first * second
+                share = (1 + weight * aa) / np.where(decided, spread, 1)
+                alpha = np.where(decided, share * (ya * second - ao * both), 1)
+                beta = np.where(decided, share * (ao * first - ya * both), 0)
+                trial = _accepted((alpha * trial[0], alpha * trial[1] + beta), trial, dtype)
         return best
 
 
@@ -96,15 +97,16 @@ def _widened(grid: Grid, n: np.float32, width: np.float32, dtype: str) -> Grid:
     return _accepted((s * width, middle - s * width * (n / 2)), grid, dtype)
 
 
-def _accepted(wanted: tuple[Any, Any], else_: Grid, dtype: str) -> Grid:
-    """Return a grid rounded to its dtype, where that holds it."""
-    fits = (abs(wanted[0]) <= LIMIT[dtype]) & (abs(wanted[1]) <= LIMIT[dtype])
+def _accepted(grid: tuple[Any, Any], default: Grid, dtype: str) -> Grid:
+    """Return a grid rounded to its dtype, and the default where that does not hold it."""
+    fits = (abs(grid[0]) <= LIMIT[dtype]) & (abs(grid[1]) <= LIMIT[dtype])
     s, b = (
-        to_float32(from_float32(np.where(fits, one, 0).astype(np.float32), dtype), dtype)
-        for one in wanted
+        to_float32(from_float32(np.where(fits, values, 0).astype(np.float32), dtype), dtype)
+        for values in grid
     )
+    # A scale may round to 0 only now.
     fits &= s != 0
-    return np.where(fits, s, else_[0]), np.where(fits, b, else_[1])
+    return np.where(fits, s, default[0]), np.where(fits, b, default[1])
 
 
 def _sums(errors: Floats, image: Floats, unit: Floats) -> NDArray[np.float64]:
@@ -150,19 +152,19 @@ def _divide(x: Any, factor: Any, out: Any) -> None:  # pragma: no cover - compil
 
 @compiled
 def _choose(
-    left: Any, grid: Any, n: Any, factor: Any, codes: Any, errors: Any
+    weights: Any, grid: Any, n: Any, factor: Any, codes: Any, errors: Any
 ) -> None:  # pragma: no cover - compiled
-    """Fill `codes` and `errors`, column by column; what is left of the weights is used up."""
+    """Fill `codes` and `errors`, column by column; `weights` is used up."""
     scales, biases = grid
     zero = np.float32(0)
-    for j in range(left.shape[0]):
-        w, q, e, u = left[j], codes[j], errors[j], factor[j]
+    for j in range(weights.shape[0]):
+        w, q, e, u = weights[j], codes[j], errors[j], factor[j]
         for row in range(w.size):
             s, b = scales[row], biases[row]
             code = min(max(np.rint((w[row] - b) / s), zero), n) if s != zero else zero
             q[row] = code
             e[row] = (w[row] - (code * s + b)) / u[j]
-        for k in range(j + 1, left.shape[0]):
-            later, share = left[k], u[k]
+        for k in range(j + 1, weights.shape[0]):
+            later, share = weights[k], u[k]
             for row in range(later.size):
                 later[row] -= e[row] * share

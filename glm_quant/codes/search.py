@@ -4,12 +4,12 @@ A group of weights w is stored as ŵ = s·q + b with codes q in 0 … n, n = 2�
 of s and b (`affine`) keeps the end of larger magnitude and zero exact; in 2 bits that leaves the
 levels {a, a/2, 0, -a/2}, which clip the other end at half its range. Here the weighted error
 
-    Σ hⱼ·(wⱼ - ŵⱼ)²,    hⱼ = Eⱼ·√(¾σ² + wⱼ²),    σ² = mean w² of the group
+    Σ hⱼ·(wⱼ - ŵⱼ)²,    hⱼ = Iⱼ·√(¾σ² + wⱼ²),    σ² = mean w² of the group
 
-is minimized instead, with Eⱼ = E[xⱼ²] of the inputs that the weight's column meets (1 if unknown).
-The root is llama.cpp's importance for imatrix quantization: without it, large weights shrink and
-the layer's output with them. From several clipped ranges, Lloyd's steps alternate between the
-nearest codes and the least-squares s and b for these codes:
+is minimized instead, with Iⱼ = E[xⱼ²] of the inputs that the weight's column meets, the column's
+importance (1 if unknown). The root is llama.cpp's for imatrix quantization: without it, large
+weights shrink and the layer's output with them. From several clipped ranges, Lloyd's steps
+alternate between the nearest codes and the least-squares s and b for these codes:
 
     s = (H·Y - X·L) / (H·Q - L²)    b = (X - s·L) / H
     with H = Σh, L = Σhq, Q = Σhq², X = Σhw, Y = Σhqw
@@ -21,6 +21,7 @@ search finds nothing better keeps MLX's bytes. All of it is done by compiled loo
 """
 
 from dataclasses import dataclass
+from itertools import product
 
 import numpy as np
 from numpy.typing import NDArray
@@ -91,19 +92,17 @@ def quantize_search(
     codes, scales, biases = quantize_unrounded(weights, dtype, bits, group_size)
     if importance is None:
         importance = np.ones((1, width), np.float32)
-    starts = [(low, high) for low in _SHARES[bits] for high in _SHARES[bits]]
-    values = to_float32(weights, dtype).reshape(-1)
-    improved = np.zeros(scales.size, np.bool_)
+    values, improved = to_float32(weights, dtype).reshape(-1), np.zeros(scales.size, np.bool_)
     grids = scales.reshape(-1), biases.reshape(-1)
     search(
         (values, np.ascontiguousarray(importance).reshape(-1)),
         (group_size, width, rows // len(importance)),
-        np.array(starts, np.float32),
+        np.array(list(product(_SHARES[bits], repeat=2)), np.float32),
         (np.float32((1 << bits) - 1), DROPPED[dtype], np.float32(LIMIT[dtype])),
         (np.float32(min(settings.slack, _ANY)), settings.magnitudes),
         new_lanes(),
         (*grids, improved),
     )
-    # Codes under MLX's unrounded s and b stay where nothing better was found.
+    # Where nothing better was found, codes stay those of MLX's unrounded s and b.
     recoder(bits)(values, *grids, improved, codes.reshape(-1))
     return codes, from_float32(scales, dtype), from_float32(biases, dtype)

@@ -82,11 +82,11 @@ def new_lanes() -> _Lanes:
 
 @compiled
 def _load(
-    source: Any, importance: Any, shape: Any, groups: Any, w: Any, h: Any
+    inputs: Any, shape: Any, first: Any, last: Any, w: Any, h: Any
 ) -> None:  # pragma: no cover - compiled
     """Lay 16 groups side by side, with the importance of their columns; the last one fills up."""
+    source, importance = inputs
     group_size, width, rows_per_unit = shape
-    first, last = groups
     for lane in range(_LANES):
         begin = min(first + lane, last) * group_size
         row = begin // width
@@ -94,6 +94,16 @@ def _load(
         for j in range(group_size):
             w[j * _LANES + lane] = source[begin + j]
             h[j * _LANES + lane] = importance[unit + j]
+
+
+@compiled
+def _load_grids(
+    scales: Any, biases: Any, first: Any, at: Any
+) -> None:  # pragma: no cover - compiled
+    """Load what MLX's codes came from; the last group fills up."""
+    for lane in range(_LANES):
+        group = min(first + lane, scales.size - 1)
+        at.mlx_s[lane], at.mlx_b[lane] = scales[group], biases[group]
 
 
 @compiled
@@ -118,20 +128,20 @@ def _survey(w: Any, at: Any) -> None:  # pragma: no cover - compiled
 @compiled
 def _set_aside(w: Any, at: Any) -> None:  # pragma: no cover - compiled
     """Empty the groups that are not searched: nothing is better than their error of 0."""
-    zero, one = np.float32(0), np.float32(1)
+    zero, unit = np.float32(0), np.float32(1)
     for lane in range(_LANES):
         size = max(abs(at.low[lane]), abs(at.high[lane]))
         if at.best_s[lane] == zero or not _SMALLEST <= size <= _LARGEST:
             for j in range(w.size // _LANES):
                 w[j * _LANES + lane] = zero
             at.low[lane] = at.high[lane] = at.mean[lane] = at.power[lane] = zero
-            at.mlx_s[lane] = at.best_s[lane] = one
+            at.mlx_s[lane] = at.best_s[lane] = unit
             at.mlx_b[lane] = at.best_b[lane] = zero
 
 
 @compiled
 def _weigh(w: Any, h: Any, magnitudes: Any, at: Any) -> None:  # pragma: no cover - compiled
-    """Weigh the importance of each column by the size of its weight, and sum it."""
+    """Turn importances into the weights of errors, and sum them."""
     share = np.float32(0.75)
     for lane in range(_LANES):
         at.sum_h[lane] = at.sum_hw[lane] = np.float32(0)
@@ -248,32 +258,30 @@ def search(
         numbers: the largest code; how many bits of a float32's fraction the dtype of s and b
             drops; its largest value.
         settings: slack and magnitudes, see `search.Search`.
-        at: room for the groups at hand, `new_lanes()`.
+        at: `new_lanes()`.
         result: scales and biases, replaced; and whether they were, for each group.
     """
     n, dropped, limit = numbers
     scales, biases, better = result
-    source, importance = inputs
     last = scales.size - 1
     w = np.empty(shape[0] * _LANES, np.float32)
     h = np.empty_like(w)
     for first in range(0, scales.size, _LANES):
-        _load(source, importance, shape, (first, last), w, h)
+        _load(inputs, shape, first, last, w, h)
         _survey(w, at)
-        for lane in range(_LANES):
-            at.mlx_s[lane] = scales[min(first + lane, last)]
-            at.mlx_b[lane] = biases[min(first + lane, last)]
+        _load_grids(scales, biases, first, at)
         _start_from_mlx(w, h, numbers, settings, at)
         for i in range(len(starts)):
             _begin(starts[i, 0], starts[i, 1], n, at)
             for _ in range(STEPS):
-                # Rounded first: what is scored is what will be stored.
+                # Rounded before it is scored, so that what is scored is what will be stored.
                 round_to(at.next_s, dropped)
                 round_to(at.next_b, dropped)
                 _accept(limit, at)
                 _evaluate(w, h, n, (at.s, at.b), (at.s, at.b), at.sums)
                 _keep_better(at)
                 _refit(at)
+        # The last lanes may repeat the last group.
         for lane in range(min(_LANES, scales.size - first)):
             if at.best_s[lane] != at.mlx_s[lane] or at.best_b[lane] != at.mlx_b[lane]:
                 scales[first + lane], biases[first + lane] = at.best_s[lane], at.best_b[lane]

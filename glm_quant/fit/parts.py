@@ -13,7 +13,8 @@ from itertools import groupby, pairwise
 from glm_quant.codes.scheme import Quantized, layouts
 from glm_quant.errors import RecipeError
 from glm_quant.model.groups import layer_of
-from glm_quant.quantize.plan import Plan, PlannedWeight
+from glm_quant.quantize.layout import PlannedWeight
+from glm_quant.quantize.plan import Plan
 from glm_quant.recipe import ComponentGroup, Quantizer, Recipe, Rule
 
 # (bits, group size) that a part may get; what does not divide its weights is left out.

@@ -39,7 +39,7 @@ from glm_quant.fit.trial_progress import TrialProgress
 from glm_quant.memory import half_of_memory
 from glm_quant.model.geometry import Geometry
 from glm_quant.model.restructure import transform_rows
-from glm_quant.quantize.plan import PlannedWeight
+from glm_quant.quantize.layout import PlannedWeight
 from glm_quant.streaming.activations import load_arrays
 from glm_quant.streaming.forward import TokenBatch, forget_states, sequence_path, stream_batches
 from glm_quant.streaming.memory_plan import disk_bytes, plan_memory

@@ -18,7 +18,7 @@ from glm_quant.checkpoint.reader import Checkpoint, as_array
 from glm_quant.codes.affine import from_float32
 from glm_quant.codes.encode import Rows, encode
 from glm_quant.codes.scheme import Quantized
-from glm_quant.quantize.plan import PlannedWeight
+from glm_quant.quantize.layout import PlannedWeight
 from glm_quant.streaming.weights import PROJECTIONS, SourceWeights
 
 

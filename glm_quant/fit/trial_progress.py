@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 
 from glm_quant.model.groups import layer_of
-from glm_quant.quantize.plan import PlannedWeight
+from glm_quant.quantize.layout import PlannedWeight
 
 # Steps of a layer, and of the comparison at the end, which counts as one more layer.
 _STEPS = 1000

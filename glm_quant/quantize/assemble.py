@@ -76,6 +76,7 @@ def output_config(source_config: dict[str, Any], plan: Plan) -> dict[str, Any]:
         "indexer_rope_traditional": interleaved,
     }
     if params:
+        # Under both keys, as mlx_lm.convert writes it.
         quantization = {**params.most_common(1)[0][0].config(), **per_path}
         config |= {"quantization": quantization, "quantization_config": quantization}
     return config
@@ -111,6 +112,7 @@ def _assemble(
         _write_json(folder, INDEX_NAME, _index(plan)),
         _write(folder, RUNTIME_NAME, files("glm_quant.model").joinpath(RUNTIME_NAME).read_bytes()),
     ]
+    # Before the manifest: with it, what stands in the folder is the build.
     _remove_strays(folder, {shard.name for shard in plan.shards})
     source_shards = sorted({name for record in records for name in record.inputs.sources})
     manifest = Manifest(
@@ -125,12 +127,7 @@ def _assemble(
         },
         recipe=recipe.model_dump(mode="json"),
         versions={"glm-quant": __version__, "mlx": version("mlx")},
-        totals={
-            "params": plan.params,
-            "tensor_bytes": plan.tensor_bytes,
-            "tensors": sum(1 for _ in plan.tensors),
-            "bits_per_weight": plan.bits_per_weight,
-        },
+        totals=_totals(plan),
         census=take_census((p.weight, p.scheme) for p in plan.weights),
         block_elements=BLOCK_ELEMENTS,
         imatrix={file.path: file.sha256 for file in plan.imatrix.outputs} if plan.imatrix else {},
@@ -143,10 +140,20 @@ def _assemble(
     return manifest
 
 
+def _totals(plan: Plan) -> dict[str, float]:
+    return {
+        "params": plan.params,
+        "tensor_bytes": plan.tensor_bytes,
+        "tensors": sum(1 for _ in plan.tensors),
+        "bits_per_weight": plan.bits_per_weight,
+    }
+
+
 def take_census(weights: Iterable[tuple[OutputWeight, Scheme]]) -> dict[str, dict[str, int]]:
     """Return the parameters of each component group by how they are stored."""
     census: dict[str, dict[str, int]] = {}
     for weight, scheme in weights:
+        # The quantizer changes values, not the layout, and config.json does not tell it.
         layout = replace(scheme, quantizer="minmax") if isinstance(scheme, Quantized) else scheme
         group = census.setdefault(weight.group, {})
         group[layout.describe()] = group.get(layout.describe(), 0) + weight.params
@@ -200,6 +207,7 @@ def _write_json(folder: Path, name: str, value: dict[str, Any]) -> FileDigest:
 
 def _write(folder: Path, name: str, data: bytes) -> FileDigest:
     path = folder / name
+    # Left alone where it is the same: a second run must not look like a change.
     if not (path.is_file() and path.read_bytes() == data):
         write_atomic(path, data)
     return FileDigest.of(folder, name)

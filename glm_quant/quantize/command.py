@@ -19,7 +19,8 @@ from glm_quant.litter import entries
 from glm_quant.ownership import Owner, require_owner, source_identity
 from glm_quant.quantize.assemble import assemble
 from glm_quant.quantize.convert import Conversion, Watcher
-from glm_quant.quantize.plan import PlannedShard, make_plan
+from glm_quant.quantize.layout import PlannedShard
+from glm_quant.quantize.plan import make_plan
 from glm_quant.recipe import Recipe, load_recipe
 from glm_quant.workspace import Workspace, existing_workspace, workspace_beside
 

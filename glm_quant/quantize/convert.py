@@ -162,6 +162,7 @@ class Conversion:
                 if pipeline is None:
                     return self.complete(shard, progress)
                 return pipeline.wait(shard, progress)
+            # ^C too: threads must not go on writing once the caller has given up.
             except BaseException:
                 self.close()
                 raise
@@ -171,6 +172,7 @@ class Conversion:
 
     def close(self) -> None:
         """Stop working ahead; what was encoded is kept."""
+        # Forgotten first: closing may fail, and must not be tried on the same pipeline again.
         self._pipeline = None
         self._running.close()
 

@@ -17,10 +17,10 @@ from glm_quant.checkpoint.source import FolderSource
 from glm_quant.quantize.convert import Conversion
 from glm_quant.quantize.job_runner import JobRunner
 from glm_quant.quantize.jobs import Job, by_source_shard, make_jobs
+from glm_quant.quantize.layout import PlannedWeight
 from glm_quant.quantize.outputs import weight_key
 from glm_quant.quantize.partial import PartialOutputs
 from glm_quant.quantize.pipeline import Pipeline, Step
-from glm_quant.quantize.plan import PlannedWeight
 
 
 class EarlyEncoder:
@@ -45,6 +45,7 @@ class EarlyEncoder:
         for shard in self._shards:
             if not self._partial.is_intact(shard):
                 self._partial.forget(shard, ())
+        # What equals a tensor of a finished output is found by the conversion.
         self._runner = JobRunner(self._outputs, self._partial, (), window)
 
     def __enter__(self) -> Self:
@@ -130,6 +131,7 @@ class EarlyEncoder:
             pipeline.drain()
         finally:
             pipeline.stop()
+            # Files are closed between layers: a plan may have more outputs than a process may open.
             self._partial.rest()
 
     def _jobs(self, weights: Sequence[PlannedWeight]) -> list[Job]:

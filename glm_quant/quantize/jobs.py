@@ -25,7 +25,8 @@ from glm_quant.errors import RecipeError
 from glm_quant.fingerprint import Canonical, fingerprint
 from glm_quant.model.geometry import Geometry
 from glm_quant.model.restructure import Part, transform_rows
-from glm_quant.quantize.plan import Plan, PlannedTensor, PlannedWeight
+from glm_quant.quantize.layout import PlannedTensor, PlannedWeight
+from glm_quant.quantize.plan import Plan
 
 # 16 M elements: 32 MB of bf16. Several workers stay far below 1 GB.
 BLOCK_ELEMENTS = 1 << 24
@@ -141,6 +142,7 @@ def count_open_outputs(jobs: Sequence[Job], weight_map: Mapping[str, str]) -> in
         for shard in job.shards:
             first[shard] = min(first.get(shard, place), place)
             last[shard] = max(last.get(shard, place), place)
+    # +1 where an output is begun, -1 after its last source shard.
     changes = [0] * (len(order) + 1)
     for shard in first:
         changes[first[shard]] += 1
@@ -170,7 +172,9 @@ def _split(
         planned.weight.params // len(planned.weight.parts) for planned, _ in destinations
     )
     width = elements // (unit_rows * units)
+    # Whole units of the transform, which moves rows within one.
     step = max(1, block_elements // (unit_rows * width))
+    # Part of the key: codes of an earlier calibration are not taken for those of this one.
     calibrated: list[Canonical] = [
         [p.weight.name, p.calibrated] for p, _ in destinations if p.calibrated
     ]
@@ -204,6 +208,7 @@ def load_job(job: Job, checkpoint: Checkpoint, read: Read) -> LoadedRows:
     info = checkpoint.tensors[job.source]
     row_bytes = job.width * ITEM_SIZE[info.dtype]
     data = read(info, job.begin_row * row_bytes, (job.end_row - job.begin_row) * row_bytes)
+    # Of the stored bytes: what the manifest says of a source holds for FP8 scales too.
     digest = hashlib.sha256(data.data)
     scales: NDArray[np.float32] | None = None
     if info.dtype == FP8_DTYPE:
@@ -235,16 +240,17 @@ def encode_job(
         weight = target.weight
         if not any(tensor.shard in shards for tensor in weight.tensors):
             continue
-        made = transform_rows(rows.bits, target.part.transform, geometry)
+        bits = transform_rows(rows.bits, target.part.transform, geometry)
         importance = None
         if weight.importance is not None:
-            all_rows = weight.weight.rows
-            importance = weight.importance.of_rows(target.first_row, len(made), all_rows)
+            importance = weight.importance.of_rows(target.first_row, len(bits), weight.weight.rows)
+        # Cached: the many jobs of a layer share few factors.
         factor = weight.factor.load() if weight.factor is not None else None
-        arrays = encode(Rows(made, rows.dtype), weight.scheme, where, importance, factor)
+        arrays = encode(Rows(bits, rows.dtype), weight.scheme, where, importance, factor)
         fidelity = None
         if isinstance(weight.scheme, Quantized):
-            fidelity = measure(made, rows.dtype, weight.scheme, arrays)
+            # While the rows are at hand; held against what was stored, not what was meant.
+            fidelity = measure(bits, rows.dtype, weight.scheme, arrays)
             fidelity.check(weight.scheme, where)
         yield Encoded(
             weight,

@@ -56,6 +56,7 @@ class Journal:
         good = self._read()
         path.parent.mkdir(parents=True, exist_ok=True)
         self._file = path.open("r+b" if good else "w+b")
+        # A line appended to a torn one would be lost with it.
         self._file.truncate(good)
         self._file.seek(good)
         if not good:
@@ -73,6 +74,7 @@ class Journal:
 
     def forget(self, jobs: Collection[str]) -> None:
         """Drop jobs whose bytes are gone."""
+        # Only where something is dropped: the file has hundreds of thousands of lines.
         keep = [entry for entry in self.entries.values() if entry.job not in jobs]
         if len(keep) < len(self.entries):
             write_atomic(self._path, (self._head + "".join(map(_line, keep))).encode())
@@ -101,6 +103,7 @@ class Journal:
             for line in file:
                 entry = _parse(line)
                 if entry is None:
+                    # What follows a damaged line was appended after it and may rest on it.
                     break
                 self.entries[entry.job] = entry
                 good += len(line)
@@ -109,7 +112,7 @@ class Journal:
 
 def _line(entry: Entry) -> str:
     pieces = [list(astuple(piece)) for piece in entry.pieces]
-    fidelity = {path: list(astuple(found)) for path, found in entry.fidelity.items()}
+    fidelity = {path: list(astuple(sums)) for path, sums in entry.fidelity.items()}
     values = [entry.job, entry.source_sha256, pieces, fidelity]
     return json.dumps([*values, _seal(values)]) + "\n"
 
@@ -131,7 +134,7 @@ def _parse(line: bytes) -> Entry | None:
             job,
             sha256,
             tuple(Piece(*piece) for piece in pieces),
-            {path: Fidelity.of(*found) for path, found in fidelity.items()},
+            {path: Fidelity.of(*sums) for path, sums in fidelity.items()},
         )
     except (ValueError, TypeError, AttributeError):
         return None

@@ -12,7 +12,8 @@ from glm_quant.codes.encode import VERSION
 from glm_quant.fingerprint import Canonical, fingerprint
 from glm_quant.model.restructure import Part
 from glm_quant.quantize.jobs import Job, count_open_outputs, make_jobs, source_order
-from glm_quant.quantize.plan import Plan, PlannedWeight
+from glm_quant.quantize.layout import PlannedWeight
+from glm_quant.quantize.plan import Plan
 from glm_quant.quantize.records import RemoteShard, ShardInputs, ShardRecord
 from glm_quant.workspace import Workspace
 
@@ -93,6 +94,7 @@ class Outputs:
     def layout(self, shard: int) -> str:
         """Return the fingerprint of a shard without its calibration, which is known later."""
         layout = self.inputs[shard].model_dump()
+        # Schemes without what calibration adds to them.
         layout["schemes"] = {
             planned.weight.name: planned.scheme.describe() for planned in self.weights_of[shard]
         }
@@ -114,6 +116,7 @@ class Outputs:
             return None
         if record.fingerprint != self.fingerprint(shard):
             today, recorded = self.inputs[shard].model_dump(), record.inputs.model_dump()
+            # Said, because making a shard again may take an hour.
             changed = [key for key in today if today[key] != recorded[key]]
             name = self.plan.shards[shard].name
             _log.info("%s is made again: %s changed", name, ", ".join(changed))

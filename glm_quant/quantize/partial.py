@@ -22,7 +22,7 @@ from glm_quant.artifact import FileDigest, publish_file, sync_file
 from glm_quant.errors import IntegrityError
 from glm_quant.litter import entries
 from glm_quant.quantize.journal import Entry, Journal, Piece
-from glm_quant.quantize.plan import PlannedShard, PlannedTensor
+from glm_quant.quantize.layout import PlannedShard, PlannedTensor
 
 # Of an output that is read again, at a time.
 _READ_BYTES = 4 << 20
@@ -54,9 +54,10 @@ class PartialOutputs:
         self._pieces: dict[int, dict[str, list[Piece]]] = defaultdict(lambda: defaultdict(list))
         self._readings: dict[int, _Reading] = defaultdict(_Reading)
         for entry in self.done.values():
-            self._take_note(entry)
+            self._index_pieces(entry)
         self.unflushed_bytes = 0
         if self._journal.is_new:
+            # Of another plan, or never journaled: their bytes mean nothing.
             for path in entries(folder, "*.part"):
                 path.unlink()
 
@@ -77,7 +78,8 @@ class PartialOutputs:
         """
         planned = self._shards[shard]
         path = folder / planned.name
-        pieces = (piece for found in self._pieces[shard].values() for piece in found)
+        # Only if the journal vouches for every byte; otherwise the shard is made again.
+        pieces = (piece for of_tensor in self._pieces[shard].values() for piece in of_tensor)
         whole = sum(tensor.size_bytes for tensor in planned.tensors)
         journaled = sum(piece.size_bytes for piece in pieces) == whole
         if journaled and path.is_file() and not self._path(shard).exists():
@@ -93,7 +95,9 @@ class PartialOutputs:
         if shard in self._files:
             os.close(self._files.pop(shard))
         self._path(shard).unlink(missing_ok=True)
+        # Its digests were of bytes that are gone.
         self._readings.pop(shard, None)
+        # A job that wrote to several shards counts whole or not at all.
         wrote = {key for key, e in self.done.items() if any(p.shard == shard for p in e.pieces)}
         self._drop(wrote.union(jobs))
 
@@ -120,9 +124,10 @@ class PartialOutputs:
     def _drop(self, jobs: Collection[str]) -> None:
         with self._lock:
             self._journal.forget(jobs)
+            # Anew from the journal: pieces do not say which job wrote them.
             self._pieces.clear()
             for entry in self.done.values():
-                self._take_note(entry)
+                self._index_pieces(entry)
 
     def open(self, shard: int) -> None:
         """Make a shard writable, creating it at full size with its header.
@@ -132,6 +137,7 @@ class PartialOutputs:
         if shard in self._files:
             return
         planned, path = self._shards[shard], self._path(shard)
+        # Sparse: rows may arrive in any order, and the disk holds only what was written.
         file = self._files[shard] = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
         os.ftruncate(file, planned.size_bytes)
         _write_all(file, memoryview(planned.header), 0)
@@ -143,7 +149,7 @@ class PartialOutputs:
         return Piece(tensor.name, tensor.shard, offset, data.size, zlib.crc32(data.data))
 
     def finish_job(self, entry: Entry) -> None:
-        """Take note of a job whose bytes are written; `flush` makes it count."""
+        """Add a job whose bytes are written; `flush` makes it count."""
         with self._lock:
             self._waiting.append(entry)
             self.unflushed_bytes += sum(piece.size_bytes for piece in entry.pieces)
@@ -155,15 +161,17 @@ class PartialOutputs:
             The jobs that count from now on.
         """
         with self._lock:
+            # What is written from here on belongs to the next flush; encoders go on meanwhile.
             batch, self._waiting = self._waiting, []
             self.unflushed_bytes = 0
+        # First the bytes, then the journal: an entry is a promise that they are there.
         for shard in sorted({piece.shard for entry in batch for piece in entry.pieces}):
             sync_file(self._files[shard])
         if batch:
             with self._lock:
                 self._journal.append(batch)
                 for entry in batch:
-                    self._take_note(entry)
+                    self._index_pieces(entry)
         return batch
 
     def check_ahead(self, shard: int) -> None:
@@ -185,6 +193,7 @@ class PartialOutputs:
             for tensor in planned.tensors[len(reading.tensors) :]:
                 with self._lock:
                     pieces = list(self._pieces[shard][tensor.name])
+                # In the order of the file alone, since its digest can be taken in no other.
                 if sum(piece.size_bytes for piece in pieces) < tensor.size_bytes:
                     return
                 digest = hashlib.sha256()
@@ -206,9 +215,9 @@ class PartialOutputs:
         self.check_ahead(shard)
         planned, reading = self._shards[shard], self._readings[shard]
         for tensor in planned.tensors[len(reading.tensors) :]:
-            found = sum(piece.size_bytes for piece in self._pieces[shard][tensor.name])
+            filled = sum(piece.size_bytes for piece in self._pieces[shard][tensor.name])
             raise IntegrityError(
-                f"{planned.name}: tensor {tensor.name} has {found:,} of {tensor.size_bytes:,} "
+                f"{planned.name}: tensor {tensor.name} has {filled:,} of {tensor.size_bytes:,} "
                 "bytes."
             )
         digest = FileDigest(
@@ -220,6 +229,7 @@ class PartialOutputs:
         """Give a checked shard its final name, durably."""
         folder.mkdir(parents=True, exist_ok=True)
         file = self._files.pop(shard)
+        # `open` wrote the header again, and no flush of a job came after that.
         sync_file(file)
         os.close(file)
         publish_file(self._path(shard), folder / self._shards[shard].name)
@@ -243,7 +253,7 @@ class PartialOutputs:
     def _path(self, shard: int) -> Path:
         return self._folder / f"{self._shards[shard].name}.part"
 
-    def _take_note(self, entry: Entry) -> None:
+    def _index_pieces(self, entry: Entry) -> None:
         for piece in entry.pieces:
             self._pieces[piece.shard][piece.tensor].append(piece)
 
@@ -252,16 +262,16 @@ class PartialOutputs:
     ) -> Iterator[bytes]:
         expected = tensor.offset
         for piece in sorted(pieces, key=lambda p: p.offset):
-            found, end = 0, piece.offset + piece.size_bytes
+            checksum, end = 0, piece.offset + piece.size_bytes
             for begin in range(piece.offset, end, _READ_BYTES):
                 size = min(_READ_BYTES, end - begin)
                 data = os.pread(self._files[tensor.shard], size, begin)
-                found = zlib.crc32(data, found)
+                checksum = zlib.crc32(data, checksum)
                 yield data
-            if piece.offset != expected or found != piece.crc32:
+            if piece.offset != expected or checksum != piece.crc32:
                 raise IntegrityError(
                     f"{shard}: tensor {tensor.name} changed on disk after it was written: CRC-32 "
-                    f"{found:08x} at byte {piece.offset:,}, {piece.crc32:08x} was journaled."
+                    f"{checksum:08x} at byte {piece.offset:,}, {piece.crc32:08x} was journaled."
                 )
             expected += piece.size_bytes
 

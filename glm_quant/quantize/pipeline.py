@@ -13,6 +13,7 @@ more.
 import queue
 import shutil
 import threading
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextvars import copy_context
 from dataclasses import dataclass, field
@@ -101,28 +102,24 @@ class Pipeline:
                 publishes and records it if it is.
             folder: on the disk that is written to.
         """
-        self._source = source
-        self._partial = partial
+        self._source, self._partial, self._folder = source, partial, folder
         self._steps = list(steps)
         self._needs = {shard: set(keys) for shard, keys in needs.items()}
         self._finish = finish
-        self._folder = folder
         self._flush_bytes = min(_FLUSH_BYTES, partial.largest_bytes // _FLUSH_SHARE)
-        self._items: queue.SimpleQueue[tuple[Step, WorkItem, Path | None] | None]
-        self._items = queue.SimpleQueue()
+        self._items = queue.SimpleQueue[tuple[Step, WorkItem, Path | None] | None]()
         # Outputs for the finisher: (which, whether it is full).
-        self._filled: queue.SimpleQueue[tuple[int, bool] | None] = queue.SimpleQueue()
+        self._filled = queue.SimpleQueue[tuple[int, bool] | None]()
         self._changed = threading.Condition()
         self._in_use: list[Step] = []
-        self._handed_out = False
-        self._stopped = False
+        self._handed_out = self._stopped = False
         self._failure: BaseException | None = None
         self._records: dict[int, ShardRecord] = {}
-        self._done: dict[int, int] = {}
-        self._total: dict[int, int] = {}
+        # Source bytes for each output to finish: those that were read, and all.
+        self._done = Counter[int]()
+        self._total = Counter[int]()
         for item in (item for step in self._steps for item in step.items):
-            for shard in item.shards & self._needs.keys():
-                self._total[shard] = self._total.get(shard, 0) + item.size_bytes
+            self._total.update(dict.fromkeys(item.shards & self._needs.keys(), item.size_bytes))
         self._threads: list[threading.Thread] = []
         self.broken: int | None = None
 
@@ -159,7 +156,7 @@ class Pipeline:
         while True:
             with self._changed:
                 record, failure = self._records.get(shard), self._failure
-                done, total = self._done.get(shard, 0), self._total.get(shard, 0)
+                done, total = self._done[shard], self._total[shard]
                 if record is None and failure is None and not self._stopped and done == reported:
                     self._changed.wait(timeout=1.0)
                     continue
@@ -245,8 +242,7 @@ class Pipeline:
             with self._changed:
                 self._partial.finish_job(entry)
                 step.pending -= 1
-                for shard in item.shards & self._needs.keys():
-                    self._done[shard] = self._done.get(shard, 0) + item.size_bytes
+                self._done.update(dict.fromkeys(item.shards & self._needs.keys(), item.size_bytes))
                 self._changed.notify_all()
                 # A slow disk must not let more and more bytes wait to be made durable.
                 self._changed.wait_for(
@@ -314,4 +310,5 @@ def _require_spare_space(folder: Path) -> None:
         DiskSpaceError: there is not.
     """
     total = shutil.disk_usage(folder).total
+    # A share, so that small test disks and memory disks are not refused.
     require_space(folder, min(_SPARE_BYTES, total // _SPARE_SHARE), "going on")

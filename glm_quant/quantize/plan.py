@@ -4,7 +4,6 @@ Output weights are laid out in the order in which their sources are stored, so t
 after the other while the source streams by once, and at most a few are open at any time.
 """
 
-import json
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -13,10 +12,9 @@ from pathlib import Path
 from pydantic import BaseModel, ConfigDict
 
 from glm_quant.checkpoint import fp8
-from glm_quant.checkpoint.header import ITEM_SIZE
-from glm_quant.checkpoint.imatrix import Factor, Imatrix, ImatrixRecord, Importance
+from glm_quant.checkpoint.imatrix import Imatrix, ImatrixRecord
 from glm_quant.checkpoint.reader import Checkpoint
-from glm_quant.codes.scheme import Quantized, Scheme, Stored, TensorLayout, layouts
+from glm_quant.codes.scheme import Quantized, Scheme, Stored
 from glm_quant.errors import RecipeError
 from glm_quant.model.geometry import Geometry
 from glm_quant.model.groups import component_group
@@ -26,62 +24,10 @@ from glm_quant.model.restructure import (
     check_shapes,
     output_weights,
 )
+from glm_quant.quantize.layout import PlannedShard, PlannedTensor, PlannedWeight, lay_out
 from glm_quant.recipe import ComponentGroup, Recipe, Rule
 
 _STORED_DTYPE = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
-
-
-@dataclass(frozen=True)
-class PlannedTensor:
-    """One tensor of an output shard; `offset` is absolute in the file."""
-
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
-    shard: int
-    offset: int
-    row_bytes: int
-    size_bytes: int
-
-
-@dataclass(frozen=True)
-class PlannedWeight:
-    """An output weight with its scheme and the tensors it is stored as."""
-
-    weight: OutputWeight
-    scheme: Scheme
-    tensors: tuple[PlannedTensor, ...]
-    importance: Importance | None = None
-    factor: Factor | None = None
-
-    def describe(self) -> str:
-        """Return everything but the source that decides its bytes."""
-        return self.scheme.describe() + self.calibrated
-
-    @property
-    def calibrated(self) -> str:
-        """What of a calibration decides its bytes."""
-        imatrix = f", imatrix {self.importance.sha256}" if self.importance else ""
-        return imatrix + (f", factor {self.factor.sha256}" if self.factor else "")
-
-    @property
-    def size_bytes(self) -> int:
-        """Bytes of all its tensors."""
-        return sum(tensor.size_bytes for tensor in self.tensors)
-
-
-@dataclass(frozen=True)
-class PlannedShard:
-    """One output file: its name, its header and what it holds."""
-
-    name: str
-    header: bytes
-    tensors: tuple[PlannedTensor, ...]
-
-    @property
-    def size_bytes(self) -> int:
-        """Size of the file."""
-        return len(self.header) + sum(tensor.size_bytes for tensor in self.tensors)
 
 
 class GroupTotals(BaseModel):
@@ -176,6 +122,7 @@ def make_plan(checkpoint: Checkpoint, recipe: Recipe, imatrix: Path | None = Non
     is_fp8 = fp8.check_fp8_config(checkpoint.config)
     warnings = (fp8.WARNING,) if is_fp8 else ()
     check_names(geometry, checkpoint.index.weight_map, fp8=is_fp8)
+    # Config and index are enough for a plan: weights may still be remote.
     tensors = checkpoint.tensors if checkpoint.has_weights else None
     if tensors is not None:
         check_shapes(geometry, tensors, fp8=is_fp8)
@@ -187,10 +134,8 @@ def make_plan(checkpoint: Checkpoint, recipe: Recipe, imatrix: Path | None = Non
     ]
     schemes = _assign(weights, dropped, recipe)
     kept = [(weight, scheme) for weight, scheme in zip(weights, schemes, strict=True) if scheme]
-    planned, shards = _lay_out(kept, recipe.shard_bytes)
-    if recipe.imatrix is not None:
-        imatrix = Path(recipe.imatrix).expanduser()
-    opened = Imatrix.open(imatrix) if imatrix is not None else None
+    planned, shards = lay_out(kept, recipe.shard_bytes)
+    opened = _open_imatrix(recipe, imatrix)
     return Plan(
         geometry,
         planned if opened is None else calibrated(planned, recipe, opened),
@@ -200,6 +145,13 @@ def make_plan(checkpoint: Checkpoint, recipe: Recipe, imatrix: Path | None = Non
         opened and opened.record,
         uncalibrated=opened is None and recipe.own_calibration is not None,
     )
+
+
+def _open_imatrix(recipe: Recipe, calibrated_folder: Path | None) -> Imatrix | None:
+    # A recipe that names an imatrix wants no calibration of its own.
+    named = Path(recipe.imatrix).expanduser() if recipe.imatrix is not None else None
+    folder = named or calibrated_folder
+    return Imatrix.open(folder) if folder is not None else None
 
 
 def _assign(weights: list[OutputWeight], mtp: list[str], recipe: Recipe) -> list[Scheme | None]:
@@ -264,116 +216,30 @@ def _scheme(rule: Rule, weight: OutputWeight, recipe: Recipe) -> Scheme | None:
 
 
 def calibrated(
-    planned: Sequence[PlannedWeight], recipe: Recipe, imatrix: Imatrix
+    weights: Sequence[PlannedWeight], recipe: Recipe, imatrix: Imatrix
 ) -> tuple[PlannedWeight, ...]:
     """Give searched weights their importance and `gptq` its factors.
 
     What no calibration reaches goes without: `gptq` without a factor is `search`.
     """
-    made: list[PlannedWeight] = []
+    calibrated_weights: list[PlannedWeight] = []
     if recipe.wants_factors and not imatrix.has_factors:
         raise RecipeError(
             f"{recipe.file}: imatrix {imatrix.folder} has importance alone, and the quantizer "
             "`gptq` needs factors. Make it again with `glm-quant calibrate --factors`, or use "
             "`search`."
         )
-    for one in planned:
+    for planned in weights:
         importance, factor = None, None
-        if isinstance(one.scheme, Quantized) and one.scheme.quantizer != "minmax":
-            importance = imatrix.importance(one.weight.path)
-            if one.scheme.quantizer == "gptq":
-                factor = imatrix.factor(one.weight.path)
-        if importance and importance.shape() != (importance.units, one.weight.shape[-1]):
+        if isinstance(planned.scheme, Quantized) and planned.scheme.quantizer != "minmax":
+            importance = imatrix.importance(planned.weight.path)
+            if planned.scheme.quantizer == "gptq":
+                factor = imatrix.factor(planned.weight.path)
+        if importance and importance.shape() != (importance.units, planned.weight.shape[-1]):
             raise RecipeError(
                 f"{recipe.file}: imatrix {imatrix.folder} has importance "
-                f"{list(importance.shape())} for {one.weight.path}, whose shape is "
-                f"{list(one.weight.shape)}. It was made from another model; calibrate this one."
+                f"{list(importance.shape())} for {planned.weight.path}, whose shape is "
+                f"{list(planned.weight.shape)}. It was made from another model; calibrate this one."
             )
-        made.append(replace(one, importance=importance, factor=factor))
-    return tuple(made)
-
-
-def _lay_out(
-    kept: list[tuple[OutputWeight, Scheme]], shard_bytes: int
-) -> tuple[tuple[PlannedWeight, ...], tuple[PlannedShard, ...]]:
-    """Pack tensors greedily into shards and fix every byte offset."""
-    stored = [
-        (weight, layout, tensor_name(weight, layout))
-        for weight, scheme in kept
-        for layout in layouts(scheme, weight.shape, weight.source_dtype)
-    ]
-    packs: list[list[tuple[OutputWeight, TensorLayout, str]]] = []
-    filled = 0
-    for entry in stored:
-        size = entry[1].size_bytes
-        if not packs or filled + size > shard_bytes:
-            packs.append([])
-            filled = 0
-        packs[-1].append(entry)
-        filled += size
-    placed: dict[str, PlannedTensor] = {}
-    shards: list[PlannedShard] = []
-    for i, pack in enumerate(packs):
-        name = (
-            f"model-{i + 1:05d}-of-{len(packs):05d}.safetensors"
-            if len(packs) > 1
-            else "model.safetensors"
-        )
-        shard = _shard(name, i, [(layout, tensor) for _, layout, tensor in pack])
-        shards.append(shard)
-        placed |= {tensor.name: tensor for tensor in shard.tensors}
-    planned = tuple(
-        PlannedWeight(
-            weight,
-            scheme,
-            tuple(
-                placed[tensor_name(weight, layout)]
-                for layout in layouts(scheme, weight.shape, weight.source_dtype)
-            ),
-        )
-        for weight, scheme in kept
-    )
-    return planned, tuple(shards)
-
-
-def _shard(name: str, number: int, entries: list[tuple[TensorLayout, str]]) -> PlannedShard:
-    """Fix the header and the offsets of one file.
-
-    Wide dtypes come first and names are sorted, as safetensors' own writer does, so that every
-    tensor is aligned to its item size.
-    """
-    ordered = sorted(entries, key=lambda entry: (-ITEM_SIZE[entry[0].dtype], entry[1]))
-    header: dict[str, object] = {"__metadata__": {"format": "mlx"}}
-    begin = 0
-    for layout, tensor in ordered:
-        end = begin + layout.size_bytes
-        header[tensor] = {
-            "dtype": layout.dtype,
-            "shape": list(layout.shape),
-            "data_offsets": [begin, end],
-        }
-        begin = end
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    head = len(text).to_bytes(8, "little") + text
-    tensors: list[PlannedTensor] = []
-    offset = len(head)
-    for layout, tensor in ordered:
-        tensors.append(
-            PlannedTensor(
-                tensor,
-                layout.dtype,
-                layout.shape,
-                number,
-                offset,
-                layout.row_bytes,
-                layout.size_bytes,
-            )
-        )
-        offset += layout.size_bytes
-    return PlannedShard(name, head, tuple(tensors))
-
-
-def tensor_name(weight: OutputWeight, layout: TensorLayout) -> str:
-    """Return the name under which one stored tensor of a weight stands in its shard."""
-    return f"{weight.path}.{layout.suffix}" if layout.suffix else weight.name
+        calibrated_weights.append(replace(planned, importance=importance, factor=factor))
+    return tuple(calibrated_weights)

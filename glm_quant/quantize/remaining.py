@@ -54,6 +54,7 @@ def running_pipeline(outputs: Outputs, wanted: Wanted, workers: int) -> Generato
     partial = PartialOutputs(outputs.workspace.partial, outputs.plan.shards, outputs.whole_layout)
     try:
         for shard in wanted.unfinished:
+            # A crash may have come between a shard's name and its record.
             partial.take_back(shard, outputs.workspace.checkpoint)
             if not partial.is_intact(shard):
                 partial.forget(shard, _job_keys(outputs, shard))
@@ -112,6 +113,7 @@ def _remaining_items(
     unfinished = set(wanted.unfinished)
     items: dict[str, WorkItem] = {}
     for job in outputs.jobs:
+        # One source may feed weights of which another plan has made only some.
         targets = tuple(t for t in job.targets if t.weight.weight.name not in wanted.reusable)
         if targets and job.shards & unfinished:
             items[job.key] = runner.work_item(replace(job, targets=targets), unfinished)
@@ -147,6 +149,7 @@ def _needs(
         copies = [item for item in items_of[shard] if item.source is None]
         if copies:
             yield None, copies
+        # A source shard that an earlier output needed is done for this one by then.
         sources = {item.source for item in items_of[shard] if item.source} - yielded
         yielded |= sources
         yield from ((source, []) for source in sorted(sources))
@@ -243,6 +246,7 @@ def _source_digests(
         if entry := entries.get(job.key):
             read[job.source].append(entry.source_sha256)
     digests |= read
+    # In the order of the jobs, so that the manifest does not depend on which were copied.
     return {job.source: digests[job.source] for job in outputs.jobs_of[shard]}
 
 

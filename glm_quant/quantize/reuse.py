@@ -19,8 +19,8 @@ from glm_quant.checkpoint.header import header_length, parse_header
 from glm_quant.checkpoint.manifest import MANIFEST_NAME
 from glm_quant.errors import HeaderError
 from glm_quant.litter import entries
+from glm_quant.quantize.layout import PlannedTensor, PlannedWeight
 from glm_quant.quantize.outputs import Outputs
-from glm_quant.quantize.plan import PlannedTensor, PlannedWeight
 from glm_quant.quantize.records import ShardRecord
 from glm_quant.workspace import Workspace
 
@@ -52,10 +52,10 @@ _Index = dict[tuple[str, str], tuple[Path, int, ShardRecord]]
 class ReuseStore:
     """Finished shards of other plans: moved aside in this workspace, or in other workspaces."""
 
-    def __init__(self, workspace: Workspace, others: Sequence[Workspace]) -> None:
+    def __init__(self, workspace: Workspace, also_in: Sequence[Workspace]) -> None:
         """Remember where to look; nothing is read yet."""
         self._workspace = workspace
-        self._others = others
+        self._also_in = also_in
 
     def reusable(self, outputs: Outputs, unfinished: list[int]) -> Reusables:
         """Return, for each weight of unfinished outputs that was made before, its tensors.
@@ -73,7 +73,7 @@ class ReuseStore:
         index: _Index = {}
         for path, record in self._moved_aside():
             _add_tensors(index, path, record)
-        for workspace in self._others:
+        for workspace in self._also_in:
             for path, record in finished_shards(workspace):
                 _add_tensors(index, path, record)
         tensors = {name: _find(index, p, outputs.keys[name]) for name, p in weights.items()}
@@ -82,7 +82,7 @@ class ReuseStore:
     def keys(self) -> set[str]:
         """Return the keys of all weights that finished outputs have, wherever these stand."""
         keys: set[str] = set()
-        for workspace in (self._workspace, *self._others):
+        for workspace in (self._workspace, *self._also_in):
             for folder in (workspace.shard_records, workspace.previous):
                 for path in entries(folder, "*.json"):
                     record = ShardRecord.load(path)
@@ -91,7 +91,7 @@ class ReuseStore:
 
     def _has_records(self) -> bool:
         places = (self._workspace.shard_records, self._workspace.previous)
-        return bool(self._others) or any(entries(place, "*.json") for place in places)
+        return bool(self._also_in) or any(entries(place, "*.json") for place in places)
 
     def _move_aside(self, outputs: Outputs, unfinished: set[int], wanted: set[str]) -> None:
         keep = {shard.name for i, shard in enumerate(outputs.plan.shards) if i not in unfinished}
@@ -133,6 +133,7 @@ def _add_tensors(index: _Index, path: Path, record: ShardRecord) -> None:
         with path.open("rb") as file:
             length = header_length(file.read(8), path.name, size)
             tensors = parse_header(file.read(length), path.name, size)
+    # A file that is being made or was damaged is of no use, and no reason to stop.
     except (OSError, HeaderError):
         return
     for weight, key in record.keys.items():

@@ -43,6 +43,7 @@ class SourceCheck:
             self._all_zero.discard(source)
         blocks[begin_row] = digest
         if len(blocks) == self._blocks[source]:
+            # What is whole needs its blocks no more; a release has very many.
             del self._read[source]
             info = self._tensors[source]
             if source in self._all_zero and len(info.shape) > 1:

@@ -28,7 +28,8 @@ from glm_quant.model.geometry import Geometry, Shape
 from glm_quant.model.restructure import OutputWeight, output_weights
 from glm_quant.quantize.assemble import output_config, take_census
 from glm_quant.quantize.jobs import Job, encode_job, load_job, make_jobs
-from glm_quant.quantize.plan import Plan, make_plan, tensor_name
+from glm_quant.quantize.layout import tensor_name
+from glm_quant.quantize.plan import Plan, make_plan
 from glm_quant.recipe import Recipe, Rule
 
 
@@ -71,16 +72,17 @@ def verify(
     for digest in digests:
         digest.check(folder)
     tensors = _check_structure(folder, manifest)
-    rederived = left = 0
+    rederived = calibrated = 0
     if source is not None:
-        rederived, left = _rederive(folder, manifest, Checkpoint.open(source), samples, imatrix)
+        checkpoint = Checkpoint.open(source)
+        rederived, calibrated = _rederive(folder, manifest, checkpoint, samples, imatrix)
     return Verification(
         len(digests),
         sum(digest.size_bytes for digest in digests),
         tensors,
         rederived,
         manifest.totals["bits_per_weight"],
-        left,
+        calibrated,
     )
 
 
@@ -95,15 +97,27 @@ def _check_structure(folder: Path, manifest: Manifest) -> int:
             f"{folder / strays[0]}: a stray shard ({len(strays)} in all) that the manifest does "
             "not name; loaders would read it. Delete it."
         )
-    output = Checkpoint.open(folder)
+    tensors = Checkpoint.open(folder).tensors
     index = parse_index((folder / INDEX_NAME).read_bytes())
-    tensors = output.tensors
     total = sum(tensor.size_bytes for tensor in tensors.values())
     if total != index.total_size:
         raise IntegrityError(
             f"{folder / INDEX_NAME}: total_size is {index.total_size:,}, the shards hold {total:,} "
             "bytes of tensors. Make the output again."
         )
+    _check_config(folder, manifest, tensors)
+    recorded = {name for shard in manifest.shards for name in shard.tensors}
+    if recorded != set(tensors):
+        odd = sorted(recorded ^ set(tensors))[0]
+        raise IntegrityError(
+            f"{folder}: the manifest accounts for {len(recorded):,} tensors, the shards hold "
+            f"{len(tensors):,}; {odd} is in only one of them."
+        )
+    return len(tensors)
+
+
+def _check_config(folder: Path, manifest: Manifest, tensors: Mapping[str, TensorInfo]) -> None:
+    """Hold config.json against the tensors, and the schemes that both give against the manifest."""
     config = json.loads((folder / "config.json").read_bytes())
     quantized = {
         key for key, value in config.get("quantization", {}).items() if isinstance(value, dict)
@@ -122,14 +136,6 @@ def _check_structure(folder: Path, manifest: Manifest) -> int:
             f"{folder}: group {group} is stored as {census.get(group)} parameters, the plan was "
             f"{manifest.census[group]}. Make or fetch the output again."
         )
-    recorded = {name for shard in manifest.shards for name in shard.tensors}
-    if recorded != set(tensors):
-        odd = sorted(recorded ^ set(tensors))[0]
-        raise IntegrityError(
-            f"{folder}: the manifest accounts for {len(recorded):,} tensors, the shards hold "
-            f"{len(tensors):,}; {odd} is in only one of them."
-        )
-    return len(tensors)
 
 
 def _check_shapes(
@@ -144,6 +150,7 @@ def _check_shapes(
     stored: list[tuple[OutputWeight, Scheme]] = []
     for weight in output_weights(Geometry.from_config(config), defaultdict(str), None):
         entry = config.get("quantization", {}).get(weight.path)
+        # Shapes do not depend on the dtype, which config.json does not tell of stored weights.
         scheme = Stored("BF16") if entry is None else _scheme(path, weight.path, entry)
         for layout in layouts(scheme, weight.shape, "BF16"):
             implied[tensor_name(weight, layout)] = layout.shape
@@ -152,9 +159,9 @@ def _check_shapes(
         stored.append((weight, scheme))
     for name, shape in implied.items():
         if name not in tensors or tensors[name].shape != shape:
-            found = list(tensors[name].shape) if name in tensors else "nowhere"
+            actual = list(tensors[name].shape) if name in tensors else "nowhere"
             raise IntegrityError(
-                f"{path}: tensor {name} has shape {found} in the shards, config.json implies "
+                f"{path}: tensor {name} has shape {actual} in the shards, config.json implies "
                 f"{list(shape)}. Make or fetch the output again."
             )
     odd = sorted(tensors.keys() - implied.keys())
@@ -192,6 +199,7 @@ def _rederive(
             f"{folder / MANIFEST_NAME}: its recipe cannot be read ({error.errors()[0]['msg']}). "
             "The output was made by another version; verify it without --source."
         ) from None
+    # From the recipe in the manifest, not a file: what was made is what is checked.
     plan = make_plan(checkpoint, recipe, imatrix)
     _check_imatrix(folder, manifest, plan)
     if json.loads((folder / "config.json").read_bytes()) != output_config(checkpoint.config, plan):
@@ -204,7 +212,9 @@ def _rederive(
             f"{folder}: this source and the manifest's recipe give {len(plan.shards)} shards, the "
             f"output has {len(manifest.shards)}. It was made from another source."
         )
+    # In blocks of the size that the output was made in.
     every = make_jobs(plan, manifest.block_elements)
+    # Without its imatrix, a calibrated block cannot be made again.
     jobs = [job for job in every if not (plan.uncalibrated and _is_calibrated(job))]
     chosen = random.Random(manifest.fingerprint).sample(jobs, min(samples, len(jobs)))  # noqa: S311 - reproducible
     for job in chosen:
@@ -216,9 +226,9 @@ def _check_imatrix(folder: Path, manifest: Manifest, plan: Plan) -> None:
     """Hold the imatrix at hand against the one that the manifest names."""
     if plan.imatrix is None:
         return
-    found = {file.path: file.sha256 for file in plan.imatrix.outputs}
-    same = len(found.items() & manifest.imatrix.items())
-    if found != manifest.imatrix:
+    digests = {file.path: file.sha256 for file in plan.imatrix.outputs}
+    same = len(digests.items() & manifest.imatrix.items())
+    if digests != manifest.imatrix:
         raise IntegrityError(
             f"{folder / MANIFEST_NAME}: the output was made with another imatrix: {same} of its "
             f"{len(manifest.imatrix)} files are among those given. Give the one it was made with."
@@ -241,8 +251,8 @@ def _compare(folder: Path, plan: Plan, checkpoint: Checkpoint, job: Job) -> None
             path = folder / plan.shards[tensor.shard].name
             offset = tensor.offset + row * tensor.row_bytes
             with path.open("rb") as file:
-                found = os.pread(file.fileno(), expected.size, offset)
-            if found != expected.tobytes():
+                stored = os.pread(file.fileno(), expected.size, offset)
+            if stored != expected.tobytes():
                 raise IntegrityError(
                     f"{path}: tensor {tensor.name}, {expected.size:,} bytes at {offset:,}: "
                     f"the source's {job.source} gives other bytes. The output was made from "

@@ -12,8 +12,9 @@ from numpy.typing import NDArray
 from glm_quant.checkpoint.reader import Checkpoint
 from glm_quant.errors import IntegrityError
 from glm_quant.quantize.journal import Entry, Piece
+from glm_quant.quantize.layout import PlannedTensor
 from glm_quant.quantize.partial import PartialOutputs
-from glm_quant.quantize.plan import Plan, PlannedTensor, make_plan
+from glm_quant.quantize.plan import Plan, make_plan
 from glm_quant.recipe import Recipe
 from tests.synthetic import small_config
 
