@@ -46,7 +46,7 @@ class HubServer(ThreadingHTTPServer):
         self.token = token
         # Who owns the token, what it allows, and the owner's role in organizations.
         self.user, self.token_role = "tester", "write"
-        self.organizations = {"org": "write"}
+        self.organizations = {"org": "write", "team": "contributor"}
         self.page = page
         self.rate: float | None = None
         self.repos: dict[str, Repo] = {}
