@@ -3,6 +3,7 @@
 from prefect import task
 
 from glm_quant.build import BuildSpec, open_build
+from glm_quant.plan_checks import require_plan
 from glm_quant.stages.base import StageResult
 from glm_quant.stages.divergence import AssessDivergenceStage
 from glm_quant.stages.evaluate import EvaluationStage
@@ -17,7 +18,9 @@ from tasks.running import run_stage
 @task(name="verify", task_run_name="verify", persist_result=False, **passing())
 def assess_verify(spec: BuildSpec) -> StageResult:
     """Check every byte again: `glm_quant.stages.verify.VerifyStage`."""
-    return run_stage(VerifyStage(open_build(spec, afresh=True)))
+    build = open_build(spec, afresh=True)
+    require_plan(build)
+    return run_stage(VerifyStage(build))
 
 
 @task(

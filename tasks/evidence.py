@@ -10,7 +10,7 @@ from pathlib import Path
 from glm_quant.build import Build
 from glm_quant.evaluation.divergence_record import DivergenceRecord
 from glm_quant.evaluation.records import EvaluationRecord
-from glm_quant.parity import ParityRecord
+from glm_quant.parity.check import ParityRecord
 from glm_quant.report import benchmarks
 from glm_quant.report import format as say
 from glm_quant.report.correctness import parity_rows, parity_value

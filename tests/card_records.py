@@ -24,7 +24,9 @@ from glm_quant.evaluation.records import (
     Perplexity,
     Speed,
 )
-from glm_quant.parity import LayerParity, LogitParity, ParityRecord
+from glm_quant.parity.check import ParityRecord
+from glm_quant.parity.stream import LayerParity
+from glm_quant.parity.whole import LogitParity
 from glm_quant.recipe import ParitySettings
 from glm_quant.settings import Bound
 

@@ -11,7 +11,7 @@ from flows.cli.measuring import calibrate, fit, imatrix
 from flows.cli.options import Json, RecipeOption, Source, Verbose
 from flows.cli.run import convert, demo, run
 from flows.cli.service import server, service_app, worker
-from flows.cli.terminal import OUT, errors_in_one_screen, print_json
+from flows.cli.terminal import ERRORS, OUT, errors_in_one_screen, print_json
 from flows.cli.workspace import card, publish, status, verify
 from glm_quant.build import Build, BuildSpec
 
@@ -35,6 +35,7 @@ def plan(
 ) -> None:
     """Show what would be made, from config, index and headers alone."""
     with errors_in_one_screen(verbose):
+        from glm_quant.plan_checks import judge_plan
         from glm_quant.report.summary import plan_summary
         from glm_quant.stages.plan import plan_figures
 
@@ -45,6 +46,9 @@ def plan(
             title = f"{build.recipe.name}: {build.checkpoint.source.uri}"
             limit = build.checkpoint.config.get("max_position_embeddings")
             OUT.print(plan_summary(build.plan, title, limit, build.conversion.outputs))
+        # The bytes can be planned whatever the recipe says of measuring them.
+        for warning in judge_plan(build, here=False):
+            ERRORS.print(warning, markup=False, highlight=False)
 
 
 app.command()(publish)

@@ -38,6 +38,7 @@ def calibrate(
     """Stream texts through the source and record the importance of each weight's inputs."""
     with errors_in_one_screen(verbose), stopping_in_order(ERRORS):
         from glm_quant.calibration.calibrate import calibrate as stream
+        from glm_quant.calibration.coverage import judge_coverage
         from glm_quant.calibration.texts import calibration_set, named_texts
 
         checkpoint = _open(source)
@@ -45,6 +46,9 @@ def calibrate(
             texts=named_texts(text), tokens=max(tokens, context), context=context
         )
         batch = calibration_set(checkpoint, settings)
+        count = sum(map(len, batch.sequences))
+        for warning in judge_coverage(count, settings, checkpoint.config, "calibrate"):
+            ERRORS.print(warning, markup=False, highlight=False)
         with StageDisplay(ERRORS) as terminal:
             terminal.begin("calibrate")
             record = stream(

@@ -134,11 +134,12 @@ def release_build(spec: BuildSpec, verbose: bool, as_json: bool) -> None:
         # that another machine began with is known before the source is opened.
         require_free(spec)
         build = open_build(spec)
-        from glm_quant.stages.download import check_targets
+        from glm_quant.plan_checks import judge_plan
         from glm_quant.stages.finished import finished_results
         from glm_quant.stages.targets import judge_targets
 
-        check_targets(build)
+        for warning in judge_plan(build):
+            ERRORS.print(warning, markup=False, highlight=False)
         results = finished_results(build)
         if results is None:
             judge_targets(build)

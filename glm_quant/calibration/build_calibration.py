@@ -5,6 +5,7 @@ fingerprint is of texts and files, so that it is known without a tokenizer; what
 in the digests that each weight's own fingerprint has.
 """
 
+import logging
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from pydantic import Field
 
 from glm_quant.artifact import FileDigest, Record
 from glm_quant.calibration.calibrate import VERSION, calibrate
+from glm_quant.calibration.coverage import judge_coverage
 from glm_quant.calibration.one_pass import LayerError, one_pass
 from glm_quant.calibration.texts import calibration_set, calibration_texts, require_apart
 from glm_quant.checkpoint.imatrix import RECORD_NAME
@@ -29,6 +31,7 @@ from glm_quant.settings import CalibrationSettings
 from glm_quant.streaming.forward import TokenBatch
 from glm_quant.workspace import Workspace
 
+_log = logging.getLogger(__name__)
 STAGE = "calibrate"
 
 _TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
@@ -144,6 +147,9 @@ def calibrate_build(
     settings = _settings(recipe)
     require_apart(recipe, settings)
     tokens = calibration_set(checkpoint, settings)
+    count = sum(map(len, tokens.sequences))
+    for warning in judge_coverage(count, settings, checkpoint.config, recipe.file):
+        _log.warning("%s", warning)
     folder = imatrix_folder(workspace)
     # Waves must not depend on whether another batch passes too: sums are rounded wave by wave, so
     # another division would change the importance, and with it the build's bytes.

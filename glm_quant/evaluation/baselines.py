@@ -1,8 +1,8 @@
 """Builds that a recipe names to be compared with: where their figures come from.
 
-A workspace, or a record in one, has been measured before and is read; the folder of a checkpoint is
-measured as the build itself is. A workspace's figures were measured
-by its own recipe's settings, and only those of the same texts and lengths are compared.
+A checkpoint, in a workspace or by itself, is measured as the build itself is, unless its workspace
+has figures that were measured so. Of a workspace whose checkpoint is gone the record is read, which
+the recipe's settings must fit: see `protocols`.
 """
 
 from collections.abc import Sequence
@@ -29,19 +29,21 @@ class Baseline:
         name: what the recipe calls it.
         identity: sha256 of the record's file, or of what identifies the checkpoint.
         place: the folder of the checkpoint, or of the workspace that the record stands in.
-        evaluation: the workspace's record; None for a checkpoint, which is to be measured.
+        evaluation: the workspace's record; None for a checkpoint by itself.
+        checkpoint: the folder to measure; None where only the record is left.
     """
 
     name: str
     identity: str
     place: Path
     evaluation: EvaluationRecord | None = None
+    checkpoint: Path | None = None
 
     def is_of(self, source: Checkpoint) -> bool:
         """Whether it is a build whose manifest names this source's shards, by size and sha256."""
-        if not (self.place / MANIFEST_NAME).is_file():
+        if self.checkpoint is None or not (self.checkpoint / MANIFEST_NAME).is_file():
             return False
-        for name, value in load_manifest(self.place).source_files.items():
+        for name, value in load_manifest(self.checkpoint).source_files.items():
             shard, told = source.files.get(name), cast("dict[str, JsonValue]", value)
             if shard is None or shard.size_bytes != told["size_bytes"]:
                 return False
@@ -92,9 +94,13 @@ def open_baseline(name: str, place: str) -> Baseline:
                 f"{record}: this record of baseline {name!r} is damaged, or of a version that is "
                 "not read any more. Evaluate that build again, or name its checkpoint's folder."
             )
-        return Baseline(name, sha256_file(record), record.parents[1], found)
+        workspace = record.parents[1]
+        checkpoint = workspace / "checkpoint"
+        if not (checkpoint / "config.json").is_file():
+            return Baseline(name, sha256_file(record), workspace, found)
+        return Baseline(name, build_identity(checkpoint), workspace, found, checkpoint)
     if (path / "config.json").is_file():
-        return Baseline(name, build_identity(path), path)
+        return Baseline(name, build_identity(path), path, checkpoint=path)
     raise RecipeError(
         f"{place}: baseline {name!r} is no workspace with records/evaluate.json, no such record "
         "and no folder of a checkpoint. Evaluate that build first, or correct the path."

@@ -86,15 +86,14 @@ def evaluate(
         RecipeError: a text, a file or a baseline of the recipe cannot be read.
     """
     require_measurable(settings, baselines)
+    require_packages(settings)
     own = stage_fingerprint or fingerprint(evaluation_inputs(checkpoint, settings, baselines))
     measured = _measure(checkpoint, settings, folder, progress)
     others = [
         BaselineMeasurements(
             name=each.name,
             build=each.identity,
-            measurements=each.evaluation.measurements
-            if each.evaluation
-            else _measure(each.place, settings, folder, progress),
+            measurements=_measure_baseline(each, settings, folder, progress),
         )
         for each in _opened(baselines)
     ]
@@ -115,15 +114,22 @@ def evaluate(
 def require_measurable(
     settings: EvaluationSettings, baselines: Mapping[str, str] | None = None
 ) -> None:
-    """Check, before anything expensive, that what will be measured can be.
+    """Check that what will be measured can be read.
 
     Raises:
         RecipeError: a text, a file or a baseline of the recipe cannot be read.
-        EvaluationError: an optional package is asked for and not installed.
     """
-    _texts(settings)
+    perplexity_texts(settings)
     _file_digests(settings)
     _opened(baselines)
+
+
+def require_packages(settings: EvaluationSettings) -> None:
+    """Check that what will be measured with is installed.
+
+    Raises:
+        EvaluationError: an optional package is asked for and is not.
+    """
     if settings.harness:
         require_package("lm_eval", "evaluation.harness")
     if settings.perplexity_datasets:
@@ -148,7 +154,7 @@ def _measured_inputs(build: str, settings: EvaluationSettings) -> Canonical:
         "version": VERSION,
         "build": build,
         "settings": settings.model_dump_json(exclude=_BOUNDS),
-        "texts": {name: digest_text(text) for name, text in _texts(settings).items()},
+        "texts": {name: digest_text(text) for name, text in perplexity_texts(settings).items()},
         "files": _file_digests(settings),
         "versions": [__version__, *(version(name) for name in packages)],
     }
@@ -163,7 +169,7 @@ def _measure(
     known = None if path is None else MeasurementsRecord.load(path)
     if known is not None and known.fingerprint == own:
         return known.measurements
-    (name, text), *others = _texts(settings).items()
+    (name, text), *others = perplexity_texts(settings).items()
     request = Request(
         checkpoint=checkpoint, settings=settings, text_name=name, text=text, texts=dict(others)
     )
@@ -173,12 +179,32 @@ def _measure(
     return measured
 
 
+def _measure_baseline(
+    baseline: Baseline, settings: EvaluationSettings, folder: Path | None, progress: Progress | None
+) -> Measurements:
+    """Measure a baseline as the build is, or read what was measured so of it before."""
+    if baseline.checkpoint is None:
+        if baseline.evaluation is None:
+            raise RecipeError(f"{baseline.place}: baseline {baseline.name!r} has no record.")
+        return baseline.evaluation.measurements
+    expected = fingerprint(_measured_inputs(build_identity(baseline.checkpoint), settings))
+    path = baseline.place / "records" / "measurements" / f"{expected[:16]}.json"
+    known = MeasurementsRecord.load(path)
+    if known is not None and known.fingerprint == expected:
+        return known.measurements
+    return _measure(baseline.checkpoint, settings, folder, progress)
+
+
 def _opened(baselines: Mapping[str, str] | None) -> list[Baseline]:
     return [open_baseline(name, place) for name, place in (baselines or {}).items()]
 
 
-def _texts(settings: EvaluationSettings) -> dict[str, str]:
-    """Return the texts for perplexity by name; the first is that of `perplexity_text`."""
+def perplexity_texts(settings: EvaluationSettings) -> dict[str, str]:
+    """Return the local texts for perplexity by name; the first is that of `perplexity_text`.
+
+    Raises:
+        RecipeError: one cannot be read, or two have the same name.
+    """
     texts: dict[str, str] = {}
     if settings.perplexity_text is None:
         texts[_BUILT_IN_TEXT] = held_out_text()

@@ -9,14 +9,19 @@ from collections.abc import Callable
 from typing import Any
 
 from glm_quant.errors import EvaluationError
-from glm_quant.evaluation.needle_prompts import PHRASINGS, build_needle_prompt, is_retrieved
+from glm_quant.evaluation.needle_prompts import (
+    DISTRACTORS,
+    PHRASINGS,
+    build_needle_prompt,
+    is_retrieved,
+    needle_seed,
+)
 from glm_quant.evaluation.perplexity import digest_text
 from glm_quant.evaluation.records import Needle, NeedleTrial
 from glm_quant.evaluation.replies import answer_of, chat_ids, greedy
 from glm_quant.settings import EvaluationSettings
 
 _REPLY_TOKENS = 24
-_DISTRACTORS = 1
 
 
 def measure_needle(
@@ -48,7 +53,7 @@ def measure_needle(
     for length in settings.needle_lengths:
         for column, depth in enumerate(settings.needle_depths):
             for repeat in range(settings.needle_repeats):
-                seed = (length * 100 + column) * 100 + repeat
+                seed = needle_seed(length, column, repeat)
                 trials.append(_try(model, tokenizer, filler, length, depth, repeat, seed, budget))
                 if progress:
                     progress(length)
@@ -56,7 +61,7 @@ def measure_needle(
     return Needle(
         text_sha256=digest_text(filler),
         method=(
-            f"one fact and {_DISTRACTORS} distractor in each prompt, {settings.needle_repeats} for "
+            f"one fact and {DISTRACTORS} distractor in each prompt, {settings.needle_repeats} for "
             f"each length and depth in turning phrasings, chat template with {thinking}, greedy; "
             "the first number of the answer must be the fact's"
         ),
@@ -83,7 +88,7 @@ def _try(
         depth=depth,
         seed=seed,
         phrasing=phrasing,
-        distractors=_DISTRACTORS,
+        distractors=DISTRACTORS,
     )
     thinks = thinking_tokens > 0
     ids = chat_ids(tokenizer, prompt.messages[0]["content"], thinking=thinks)

@@ -14,6 +14,8 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from glm_quant.settings import EvaluationSettings
+
 Encode = Callable[[str], Sequence[int]]
 
 NAMES = (
@@ -61,6 +63,8 @@ PHRASINGS = (
 )
 
 TEMPLATE_TOKENS = 6
+# Facts about other names in each prompt of an evaluation.
+DISTRACTORS = 1
 """`[gMASK]<sop><|user|>` before the content and `<|assistant|><think></think>` after it."""
 
 _CODE_DIGITS = 4
@@ -152,6 +156,35 @@ def build_needle_prompt(
         reply=statements[0].rstrip("\n"),
         length_tokens=fixed + filler_tokens,
     )
+
+
+def needle_seed(length: int, column: int, repeat: int) -> int:
+    """Return the seed of a prompt: of its length, the number of its depth and its repeat."""
+    return (length * 100 + column) * 100 + repeat
+
+
+def build_shortest_prompts(
+    encode: Callable[[str], Sequence[int]], settings: EvaluationSettings
+) -> None:
+    """Build the shortest prompts of an evaluation, to see that they can be built.
+
+    Raises:
+        ValueError: they are too short for their question, or a depth is outside 0 to 1.
+    """
+    if not settings.needle_lengths:
+        return
+    length = min(settings.needle_lengths)
+    for column, depth in enumerate(settings.needle_depths):
+        for repeat in range(settings.needle_repeats):
+            build_needle_prompt(
+                encode,
+                "a line\n",
+                length_tokens=length,
+                depth=depth,
+                seed=needle_seed(length, column, repeat),
+                phrasing=repeat,
+                distractors=DISTRACTORS,
+            )
 
 
 def _take_lines(

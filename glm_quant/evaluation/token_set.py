@@ -176,7 +176,7 @@ def encode_text(tokenizer: Any, text: str) -> list[int]:
 
 def _encode(tokenizer: Any, text: str) -> list[int]:
     """Return token ids; a JSON list of conversations goes through the chat template."""
-    conversations = _conversations(text)
+    conversations = conversations_of(text)
     if conversations is None:
         return encode_text(tokenizer, text)
     if not getattr(tokenizer, "has_chat_template", False):
@@ -189,7 +189,7 @@ def _encode(tokenizer: Any, text: str) -> list[int]:
     ]
 
 
-def _conversations(text: str) -> list[list[dict[str, str]]] | None:
+def conversations_of(text: str) -> list[list[dict[str, str]]] | None:
     """Return a text's conversations if it is JSON of that form, else None: it is plain text."""
     try:
         return _CHATS.validate_json(text)

@@ -15,6 +15,7 @@ from glm_quant.data import held_out_text
 from glm_quant.errors import ParityError
 from glm_quant.memory import available_bytes
 from glm_quant.model.precision import require_float32
+from glm_quant.parity.limits import compared_layers, require_long_prompt
 from glm_quant.parity.measures import Array, kl_divergence, top1_agreement
 from glm_quant.parity.reference import require_reference
 from glm_quant.parity.stream import LayerParity, Streamed, stream
@@ -84,13 +85,14 @@ def check_parity(
         progress: Called with layers done and layers to do; the whole model counts as one more.
 
     Raises:
-        ParityError: A bound is broken, the reference is absent or wrong, or the prompt is too
-            short to exercise the selection.
+        RecipeError: The prompt is too short to exercise the selection, or a layer is not there.
+        ParityError: A bound is broken, or the reference is absent or wrong.
     """
     require_float32()
     versions = require_reference() | {name: version(name) for name in ("mlx", "mlx-lm")}
+    require_long_prompt(settings, checkpoint.config)
+    layers = compared_layers(settings, checkpoint.config)
     tokens = prompt_tokens(checkpoint, output, settings)
-    layers = _compared_layers(checkpoint, settings, len(tokens))
     whole = len(layers) == checkpoint.config["num_hidden_layers"] and fits_memory(
         checkpoint, len(tokens)
     )
@@ -143,25 +145,6 @@ def _build_figures(streamed: Streamed) -> dict[str, float | None]:
         "max_kl": float(kl.max()),
         "top1_agreement": top1_agreement(reference, build),
     }
-
-
-def _compared_layers(checkpoint: Checkpoint, settings: ParitySettings, tokens: int) -> list[int]:
-    """Return the numbers of the layers to compare.
-
-    Raises:
-        ParityError: There are no such layers, or the prompt is too short for them.
-    """
-    topk = int(checkpoint.config["index_topk"])
-    if tokens <= topk:
-        raise ParityError(
-            f"parity.tokens is {tokens:,} and index_topk is {topk:,}: every key would be "
-            f"selected and the indexer never put to the test. Use at least {topk + topk // 8:,}."
-        )
-    depth = int(checkpoint.config["num_hidden_layers"])
-    layers = list(range(depth)) if settings.layers == "all" else sorted(set(settings.layers))
-    if not layers or layers[0] < 0 or layers[-1] >= depth:
-        raise ParityError(f"parity.layers names layers outside 0 to {depth - 1}: {layers}.")
-    return layers
 
 
 class _Ticker:

@@ -121,6 +121,10 @@ def make_plan(checkpoint: Checkpoint, recipe: Recipe, imatrix: Path | None = Non
     geometry = Geometry.from_config(checkpoint.config)
     is_fp8 = fp8.check_fp8_config(checkpoint.config)
     warnings = (fp8.WARNING,) if is_fp8 else ()
+    if "tokenizer.json" not in checkpoint.files:
+        warnings += (
+            f"{checkpoint.source.uri}: there is no tokenizer.json, so nobody can prompt the build.",
+        )
     check_names(geometry, checkpoint.index.weight_map, fp8=is_fp8)
     # Config and index are enough for a plan: weights may still be remote.
     tensors = checkpoint.tensors if checkpoint.has_weights else None

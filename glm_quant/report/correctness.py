@@ -9,7 +9,7 @@ from glm_quant.report import format as say
 
 if TYPE_CHECKING:
     # The package runs models: to show a table it need not be loaded (seconds, with torch).
-    from glm_quant.parity import ParityRecord
+    from glm_quant.parity.check import ParityRecord
 
 
 @dataclass(frozen=True)

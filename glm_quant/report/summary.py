@@ -74,6 +74,7 @@ def result_summary(
         *_proved(inputs.parity or ()),
         *divergence_rows(inputs.divergence),
         *measured_rows(inputs.evaluation),
+        *comparison_rows(inputs),
     ]:
         table.add_row(name, value)
     table.add_row("checkpoint", str(checkpoint))
@@ -140,6 +141,21 @@ def divergence_rows(record: DivergenceRecord | None) -> list[tuple[str, str]]:
     return [
         ("KL, streamed", f"{row.mean_kl.value:.4f} mean, {row.p99_kl:.3f} at 99 %"),
         ("perplexity", f"{row.build_perplexity.value:.3f} on the same tokens, {source}"),
+    ]
+
+
+def comparison_rows(inputs: CardInputs) -> list[tuple[str, str]]:
+    """Return each figure beside that of each baseline, with the difference and its error."""
+    records = [record for record in (inputs.divergence, inputs.evaluation) if record is not None]
+    return [
+        (
+            f"beside {each.baseline}",
+            f"{each.measure} {each.value:.4g}, there {each.baseline_value:.4g}: "
+            f"{each.difference:+.3g}"
+            + ("" if each.standard_error is None else f" ± {each.standard_error:.2g}"),
+        )
+        for record in records
+        for each in record.comparisons
     ]
 
 

@@ -15,7 +15,7 @@ from glm_quant.evaluation.divergence import divergence
 from glm_quant.evaluation.divergence_record import DivergenceRecord
 from glm_quant.evaluation.token_set import make_token_set
 from glm_quant.hub import open_source
-from glm_quant.parity import ParityRecord, check_parity
+from glm_quant.parity.check import ParityRecord, check_parity
 from glm_quant.recipe import ParitySettings
 from glm_quant.settings import DivergenceSettings
 from glm_quant.workspace import Workspace

@@ -1,5 +1,6 @@
 """How far the build is from its source."""
 
+import logging
 from importlib.metadata import version
 from pathlib import Path
 
@@ -16,6 +17,8 @@ from glm_quant.stages.assemble import AssembleStage
 from glm_quant.stages.base import Stage
 from glm_quant.stages.child_jobs import DIVERGENCE_JOB, DivergenceRequest
 from glm_quant.stages.verify import VerifyStage
+
+_log = logging.getLogger(__name__)
 
 
 class DivergenceStage(Stage[DivergenceRecord]):
@@ -53,7 +56,7 @@ class DivergenceStage(Stage[DivergenceRecord]):
         comparisons = [
             comparison
             for baseline in self._baselines()
-            if (other := self._beside(baseline, progress)) is not None
+            if (other := self._beside(baseline, found.reference, progress)) is not None
             for comparison in compare_divergence(baseline.name, (found, folder), other)
         ]
         found = found.model_copy(update={"comparisons": tuple(comparisons)})
@@ -79,23 +82,36 @@ class DivergenceStage(Stage[DivergenceRecord]):
         return [open_baseline(name, at) for name, at in self.build.baselines.items()]
 
     def _identity(self, baseline: Baseline) -> Canonical:
-        if self._is_streamed(baseline):
-            return [baseline.name, baseline.identity, "streamed"]
-        known = baseline.divergence()
-        return [baseline.name, baseline.identity, known[0].fingerprint if known else None]
+        known, streamed = baseline.divergence(), self._is_streamed(baseline)
+        fingerprint = known[0].fingerprint if known else None
+        return [baseline.name, baseline.identity, fingerprint, "streamed" if streamed else ""]
 
     def _beside(
-        self, baseline: Baseline, progress: Progress
+        self, baseline: Baseline, reference: str, progress: Progress
     ) -> tuple[DivergenceRecord, Path] | None:
-        """Return a baseline's record and folder, if it has one or is to have one."""
-        if not self._is_streamed(baseline):
-            return baseline.divergence()
-        record = self._measure(baseline.place, progress)
+        """Return a baseline's record and folder, if it has one or is to have one.
+
+        Args:
+            baseline: to compare with.
+            reference: the key of source and tokens that this build was compared on.
+            progress: sees it measured.
+        """
+        known = baseline.divergence()
+        if known is not None and known[0].reference == reference:
+            return known
+        if baseline.checkpoint is None or not self._is_streamed(baseline):
+            _log.warning(
+                "divergence: baseline %r has no KL to this source on these tokens, and no "
+                "checkpoint of this source to measure it on: its column stays empty",
+                baseline.name,
+            )
+            return None
+        record = self._measure(baseline.checkpoint, progress)
         return record, build_folder(self.build.workspace.divergence, record)
 
     def _is_streamed(self, baseline: Baseline) -> bool:
         """Whether the KL of a checkpoint is measured: it is of the same source, or a bound asks."""
-        if baseline.evaluation is not None:
+        if baseline.checkpoint is None:
             return False
         bounds = self.build.recipe.divergence.bounds
         return baseline.is_of(self.build.checkpoint) or any(

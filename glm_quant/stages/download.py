@@ -1,10 +1,8 @@
 """The source is there, whole, and what its headers say it is."""
 
 from glm_quant.artifact import Record
-from glm_quant.build import Build
-from glm_quant.evaluation.evaluate import require_measurable
 from glm_quant.fingerprint import Canonical
-from glm_quant.hub.license import SourceLicense, read_license, require_license
+from glm_quant.hub.license import SourceLicense, read_license
 from glm_quant.quantize.assemble import source_label
 from glm_quant.quantize.convert import Progress
 from glm_quant.stages.base import Stage
@@ -62,18 +60,3 @@ class DownloadStage(Stage[SourceRecord]):
             f"{record.uri}: {record.shards} shards, {record.tensors:,} tensors, "
             f"{record.size_bytes / 1e9:,.3f} GB"
         )
-
-
-def check_targets(build: Build) -> None:
-    """Refuse, before anything expensive, what measuring and publishing would refuse in the end.
-
-    Raises:
-        RecipeError: a text, a file or a baseline of the recipe cannot be read.
-        EvaluationError: what the recipe measures with is not installed.
-        PublishError: a target's address is malformed, or the licence stands in the way.
-    """
-    require_measurable(build.recipe.evaluation, build.baselines)
-    for target in build.targets:
-        build.open_target(target, "unused")
-    if build.targets:
-        require_license(build.checkpoint.source, build.recipe.publish, build.recipe.file)

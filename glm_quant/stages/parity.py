@@ -5,7 +5,7 @@ from importlib.metadata import version
 from glm_quant.artifact import Record
 from glm_quant.child_process import run_in_child
 from glm_quant.fingerprint import Canonical
-from glm_quant.parity import ParityRecord
+from glm_quant.parity.check import ParityRecord
 from glm_quant.quantize.convert import Progress
 from glm_quant.stages.assemble import AssembleStage
 from glm_quant.stages.base import Stage

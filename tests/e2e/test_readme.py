@@ -67,7 +67,7 @@ def test_commands_run_in_order(cli: CommandLine, quick: Path, tmp_path: Path) ->
         words = shlex.split(command.removeprefix("uv run "))
         if words[1] == "run":
             words[2] = str(quick)
-        elif words[1] == "convert":
+        elif words[1] in ("plan", "convert"):
             words[words.index("--recipe") + 1] = "demo"
         elif words[1] == "fit":
             words += [

@@ -11,11 +11,11 @@ import pytest
 
 from glm_quant.checkpoint.reader import Checkpoint
 from glm_quant.checkpoint.spool import SpooledSource
-from glm_quant.errors import CheckpointError, ParityError
+from glm_quant.errors import CheckpointError, ParityError, RecipeError
 from glm_quant.hub.huggingface import HubSource
-from glm_quant.parity import ParityRecord, candidate, check_parity, reference
+from glm_quant.parity import candidate, reference
 from glm_quant.parity.candidate import load_candidate, load_unquantized, logits_of
-from glm_quant.parity.check import enforce, enforce_layer
+from glm_quant.parity.check import ParityRecord, check_parity, enforce, enforce_layer
 from glm_quant.parity.measures import relative_error
 from glm_quant.parity.reference import ReferenceModel, indexer_rotation, require_reference
 from glm_quant.parity.stream import stream
@@ -126,12 +126,12 @@ def test_a_source_on_the_hub_is_fetched_once_and_a_layer_at_a_time(
 
 
 def test_a_prompt_that_selects_everything_is_refused(suite: SimpleNamespace, build: Path) -> None:
-    with pytest.raises(ParityError, match=r"parity\.tokens is 64 and index_topk is 64"):
+    with pytest.raises(RecipeError, match=r"parity\.tokens is 64 and index_topk is 64"):
         check_parity(Checkpoint.open(suite.tiny), build, ParitySettings(tokens=64))
 
 
 def test_layers_that_do_not_exist_are_refused(suite: SimpleNamespace, build: Path) -> None:
-    with pytest.raises(ParityError, match="outside 0 to 4"):
+    with pytest.raises(RecipeError, match="outside 0 to 4"):
         check_parity(Checkpoint.open(suite.tiny), build, ParitySettings(tokens=TOKENS, layers=(5,)))
 
 

@@ -20,14 +20,15 @@ from glm_quant.evaluation.records import (
     Measurements,
     Perplexity,
 )
-from glm_quant.parity import ParityRecord
+from glm_quant.parity.check import ParityRecord
+from glm_quant.plan_checks import judge_plan
 from glm_quant.recipe import ParitySettings
 from glm_quant.settings import Bound
 from glm_quant.stages.approval import give_word, identity, last_word
 from glm_quant.stages.assemble import AssembleStage
 from glm_quant.stages.card import CardRecord, CardStage
 from glm_quant.stages.divergence import DivergenceStage
-from glm_quant.stages.download import DownloadStage, check_targets
+from glm_quant.stages.download import DownloadStage
 from glm_quant.stages.evaluate import EvaluationStage
 from glm_quant.stages.parity import ParityStage, ParityStageRecord
 from glm_quant.stages.plan import PlanStage
@@ -63,7 +64,7 @@ def test_an_unproved_build_is_refused(tmp_path: Path) -> None:
     """Without a passing parity record nothing is published, not even to a folder."""
     target = tmp_path / "published"
     build = opened(tmp_path, RECIPE + ACKNOWLEDGED, str(target))
-    check_targets(build)
+    judge_plan(build)
     with pytest.raises(PublishError, match="stage 'parity' has no passing record"):
         PublishStage(build, str(target)).run(lambda *_: None)
     assert not target.exists()
@@ -71,9 +72,9 @@ def test_an_unproved_build_is_refused(tmp_path: Path) -> None:
 
 def test_a_licence_that_nobody_acknowledged_is_refused_first(tmp_path: Path) -> None:
     """Before anything is made, where there is a target; and again before publishing."""
-    check_targets(opened(tmp_path, RECIPE))
+    judge_plan(opened(tmp_path, RECIPE))
     build = opened(tmp_path, RECIPE, str(tmp_path / "published"))
-    for refuse in (check_targets, publishable_files):
+    for refuse in (judge_plan, publishable_files):
         with pytest.raises(
             PublishError, match=r"gates\.yaml: publish: .*acknowledge_license: 3b2f"
         ):
@@ -83,7 +84,7 @@ def test_a_licence_that_nobody_acknowledged_is_refused_first(tmp_path: Path) -> 
 def test_an_address_that_is_none_is_refused_first(tmp_path: Path) -> None:
     """A typing error costs seconds, not a conversion."""
     with pytest.raises(PublishError, match="hf://org/name"):
-        check_targets(opened(tmp_path, RECIPE + ACKNOWLEDGED, "hf://org"))
+        judge_plan(opened(tmp_path, RECIPE + ACKNOWLEDGED, "hf://org"))
 
 
 @pytest.fixture(scope="module")
