@@ -36,6 +36,7 @@ ComponentGroup = Literal[
     "embeddings",
     "lm_head",
     "mtp",
+    "other",
 ]
 StoredDtype = Literal["source", "bfloat16", "float16", "float32"]
 Mode = Literal["affine", "mxfp4", "nvfp4", "mxfp8"]
@@ -69,6 +70,11 @@ class Rule(Section):
     group_size: int = 64
     mode: Mode = "affine"
     quantizer: Quantizer | None = Field(default=None, description="default: the recipe's")
+    as_convert: bool = Field(
+        default=False,
+        description="quantize only what `mlx_lm.convert` would, in the bits that the model's class "
+        "asks for where it asks for some; the rest keeps its dtype",
+    )
     dtype: StoredDtype | None = None
     drop: bool = False
     line: int = Field(default=0, exclude=True)
@@ -90,8 +96,9 @@ class Rule(Section):
             raise ValueError(f"layers is {list(self.layers)}: give the first and the last layer")
         if self.bits is not None:
             self._check_scheme(self.bits)
-        elif self.quantizer is not None:
-            raise ValueError("quantizer is given without `bits`: nothing is quantized here")
+        elif self.quantizer is not None or self.as_convert:
+            name = "quantizer" if self.quantizer is not None else "as_convert"
+            raise ValueError(f"{name} is given without `bits`: nothing is quantized here")
         return self
 
     def _check_scheme(self, bits: int) -> None:
@@ -121,6 +128,12 @@ class Rule(Section):
             return self._pattern.search(path) is not None
         wanted = self.group if isinstance(self.group, tuple) else (self.group,)
         return group in wanted
+
+    @property
+    def groups(self) -> frozenset[ComponentGroup]:
+        """The component groups that it names."""
+        named = self.group if isinstance(self.group, tuple) else (self.group,)
+        return frozenset(group for group in named if group is not None)
 
     def describe(self) -> str:
         """Return the selector as a person would say it."""

@@ -114,7 +114,7 @@ class OnePass:
         order = window.order
         self._weights: list[list[PlannedWeight]] = [[] for _ in order.layers]
         for planned in plan.weights:
-            layer = order.place(planned.weight.parts[0].source)
+            layer = order.place(planned.weight.segments[0].source)
             if layer is not None:
                 self._weights[layer].append(planned)
 

@@ -13,7 +13,6 @@ import mlx.core as mx
 import numpy as np
 from numpy.typing import NDArray
 
-from glm_quant.checkpoint.fp8 import dequantize
 from glm_quant.checkpoint.reader import as_array
 from glm_quant.codes.affine import (
     Bits,
@@ -45,43 +44,26 @@ class Rows(NamedTuple):
     dtype: str
 
 
-def load_rows(
-    data: NDArray[np.uint8],
-    dtype: str,
-    width: int,
-    where: str,
-    *,
-    scales: NDArray[np.float32] | None = None,
-    first_row: int = 0,
-) -> Rows:
-    """Return stored bytes as rows, after looking at every value.
+def require_finite(rows: Rows, where: str) -> None:
+    """Look at every value of a block; integers are always finite.
 
     Args:
-        data: the bytes.
-        dtype: their safetensors dtype.
-        width: the last dim.
+        rows: the block.
         where: "shard: tensor name", for the message.
-        scales: of the whole weight, where it is FP8.
-        first_row: where in the weight the rows begin.
 
     Raises:
         WeightError: a value is NaN or Inf.
     """
-    if scales is not None:
-        data = dequantize(data.reshape(-1, width), scales, first_row).reshape(-1).view(np.uint8)
-        dtype = "BF16"
-    bits: Bits = data.view(np.uint32 if dtype == "F32" else np.uint16)
+    bits, dtype = rows
     # A look at the bits first: it is vectorized, and nearly always all that is needed.
-    if bits.size and largest_magnitude(bits) >= _INFINITY[dtype]:
-        finite = np.isfinite(to_float32(bits, dtype))
-        bad = np.flatnonzero(~finite)
-        row, column = divmod(int(bad[0]), width)
+    if dtype in _INFINITY and bits.size and largest_magnitude(bits) >= _INFINITY[dtype]:
+        bad = np.flatnonzero(~np.isfinite(to_float32(bits, dtype)))
+        row, column = divmod(int(bad[0]), bits.shape[-1])
         raise WeightError(
             f"{where}: {bad.size:,} of {bits.size:,} values are NaN or Inf, the first in row "
             f"{row}, column {column} of the block. Fetch the shard again; if it is the same, the "
             "release itself is broken."
         )
-    return Rows(bits.reshape(-1, width), dtype)
 
 
 def encode(
@@ -149,7 +131,7 @@ def _cast(rows: Rows, dtype: str, where: str) -> Bits:
 
 def _quantize_with_mlx(rows: Rows, scheme: Quantized) -> list[NDArray[Any]]:
     # On the CPU everywhere: mx.quantize's GPU kernels round halves differently.
-    with mx.stream(_cpu_stream()):
+    with mx.stream(cpu_stream()):
         weights = as_array(np.ascontiguousarray(rows.bits).data, rows.dtype, rows.bits.shape)
         stored = mx.quantize(
             weights, group_size=scheme.group_size, bits=scheme.bits, mode=scheme.mode
@@ -158,7 +140,7 @@ def _quantize_with_mlx(rows: Rows, scheme: Quantized) -> list[NDArray[Any]]:
         return [np.asarray(array) for array in stored]
 
 
-def _cpu_stream() -> mx.Stream:
+def cpu_stream() -> mx.Stream:
     """Return this thread's own stream of the CPU: MLX's streams belong to threads."""
     if not hasattr(_thread, "stream"):
         _thread.stream = mx.new_stream(mx.Device(mx.cpu))

@@ -58,7 +58,7 @@ class TensorLayout:
     @property
     def row_bytes(self) -> int:
         """Bytes of one row (the last axis)."""
-        return self.shape[-1] * ITEM_SIZE[self.dtype]
+        return math.prod(self.shape[-1:]) * ITEM_SIZE[self.dtype]
 
     @property
     def size_bytes(self) -> int:

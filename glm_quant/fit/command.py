@@ -134,7 +134,7 @@ def fit(
     recipe = _to_fit(settings)
     plan = make_plan(source, recipe)
     source.require_weights()
-    budget = parse_target(target, plan.geometry, plan.params)
+    budget = parse_target(target, plan.glm_geometry, plan.params)
     parts = divide(plan, recipe, settings.bands, settings.floors)
     smallest = plan.tensor_bytes + sum(
         part.size_bytes(part.schemes[0]) - sum(one.size_bytes for one in part.weights)

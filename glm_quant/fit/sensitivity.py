@@ -20,15 +20,14 @@ from itertools import groupby
 from pathlib import Path
 from typing import Literal, NamedTuple, Protocol, get_args
 
-import mlx.core as mx
 import numpy as np
 from numpy.typing import NDArray
 
 from glm_quant.artifact import Record, require_space
 from glm_quant.checkpoint.reader import Checkpoint
 from glm_quant.codes import encode
+from glm_quant.codes.affine import to_float32
 from glm_quant.codes.scheme import Quantized
-from glm_quant.errors import WeightError
 from glm_quant.evaluation.compare import compare_states, targets_of
 from glm_quant.evaluation.divergence import reference_key
 from glm_quant.evaluation.token_set import TokenSet
@@ -38,8 +37,8 @@ from glm_quant.fit.trial import TrialWeights, expanded
 from glm_quant.fit.trial_progress import TrialProgress
 from glm_quant.memory import half_of_memory
 from glm_quant.model.geometry import Geometry
-from glm_quant.model.restructure import transform_rows
 from glm_quant.quantize.layout import PlannedWeight
+from glm_quant.quantize.load import load_parts, read_of
 from glm_quant.streaming.activations import load_arrays
 from glm_quant.streaming.forward import TokenBatch, forget_states, sequence_path, stream_batches
 from glm_quant.streaming.memory_plan import disk_bytes, plan_memory
@@ -307,7 +306,6 @@ class ErrorMeter:
     def __init__(self, source: Checkpoint) -> None:
         """Prepare; reads nothing yet."""
         self._source = source
-        self._geometry = Geometry.from_config(source.config)
 
     def inputs(self) -> Canonical:
         """Return the identity of the source's shards."""
@@ -344,19 +342,15 @@ class ErrorMeter:
 
     def _samples(self, planned: PlannedWeight) -> Iterator[tuple[int, NDArray[np.float32]]]:
         """Yield the row of a weight at which some rows begin, and these rows."""
-        parts = planned.weight.parts
-        numbers = np.unique(np.linspace(0, len(parts) - 1, min(_TENSORS, len(parts))).astype(int))
-        for part in (parts[int(number)] for number in numbers):
-            rows_in, rows_out = part.unit
-            count = min(_UNITS, part.units)
-            first = (part.units - count) // 2
-            info = self._source.tensors[part.source].rows(first * rows_in, count * rows_in)
-            block = np.array(self._source.read_at(info).astype(mx.float32))
-            if not np.isfinite(block).all():
-                raise WeightError(
-                    f"{info.shard}: tensor {part.source} holds NaN or Inf. Fetch the shard again."
-                )
-            yield (
-                part.first_row + first * rows_out,
-                transform_rows(block, part.transform, self._geometry),
+        segments = planned.weight.segments
+        count = min(_TENSORS, len(segments))
+        numbers = np.unique(np.linspace(0, len(segments) - 1, count).astype(int))
+        for segment in (segments[int(number)] for number in numbers):
+            units = min(_UNITS, segment.units)
+            first = (segment.units - units) // 2
+            where = f"{self._source.tensors[segment.source].shard}: tensor {segment.source}"
+            loaded = load_parts(
+                [(segment, first, first + units)], where, self._source, read_of(self._source)
             )
+            rows = loaded.rows(segment, first, first + units)
+            yield segment.first_row + first * segment.unit_rows, to_float32(*rows)

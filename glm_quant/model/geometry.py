@@ -16,6 +16,11 @@ ARCHITECTURE = "glm_moe_dsa"
 Shape = tuple[int, ...]
 
 
+def is_glm(config: Mapping[str, Any]) -> bool:
+    """Whether a config is of the architecture that this package has a runtime of its own for."""
+    return config.get("model_type") == ARCHITECTURE
+
+
 @dataclass(frozen=True)
 class Geometry:
     """The dims of a `glm_moe_dsa` model, under their config names."""

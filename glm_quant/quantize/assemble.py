@@ -21,11 +21,10 @@ from glm_quant.codes.scheme import Quantized, Scheme
 from glm_quant.errors import RunError
 from glm_quant.fingerprint import fingerprint
 from glm_quant.litter import entries
-from glm_quant.model.restructure import OutputWeight
 from glm_quant.quantize.convert import Conversion, ShardRecord
 from glm_quant.quantize.jobs import BLOCK_ELEMENTS
 from glm_quant.quantize.plan import Plan
-from glm_quant.recipe import Recipe
+from glm_quant.recipe import ComponentGroup, Recipe
 from glm_quant.workspace import SHARD_NAME
 
 RUNTIME_NAME = "glm_moe_dsa.py"
@@ -52,7 +51,8 @@ def output_config(source_config: dict[str, Any], plan: Plan) -> dict[str, Any]:
     `quantization` names every quantized module by its path, as mlx-lm reads it; its top level is
     the scheme that most parameters have, which is what the Hub shows as a badge.
     """
-    per_path = {
+    packed = plan.architecture.packed if plan.architecture else {}
+    per_path: dict[str, dict[str, Any]] = packed | {
         planned.weight.path: planned.scheme.config()
         for planned in plan.weights
         if isinstance(planned.scheme, Quantized)
@@ -66,8 +66,19 @@ def output_config(source_config: dict[str, Any], plan: Plan) -> dict[str, Any]:
         for key, value in source_config.items()
         if key not in ("quantization", "quantization_config")
     }
+    if plan.geometry is not None:
+        config |= _runtime_keys(config)
+    if per_path:
+        common = params.most_common(1)[0][0].config() if params else next(iter(per_path.values()))
+        quantization = {**common, **per_path}
+        config |= {"quantization": quantization, "quantization_config": quantization}
+    return config
+
+
+def _runtime_keys(config: dict[str, Any]) -> dict[str, Any]:
+    """Return the keys that GLM's runtime file, which travels along, reads."""
     interleaved = bool(config.get("indexer_rope_interleave", True))
-    config |= {
+    return {
         "model_file": RUNTIME_NAME,
         # transformers builds the indexer's LayerNorm with this eps and has no key for it.
         "indexer_norm_eps": 1e-6,
@@ -75,11 +86,6 @@ def output_config(source_config: dict[str, Any], plan: Plan) -> dict[str, Any]:
         # The name that other MLX loaders use for the same thing.
         "indexer_rope_traditional": interleaved,
     }
-    if params:
-        # Under both keys, as mlx_lm.convert writes it.
-        quantization = {**params.most_common(1)[0][0].config(), **per_path}
-        config |= {"quantization": quantization, "quantization_config": quantization}
-    return config
 
 
 def assemble(
@@ -110,8 +116,10 @@ def _assemble(
         *_copy_companions(checkpoint, folder),
         _write_json(folder, "config.json", output_config(checkpoint.config, plan)),
         _write_json(folder, INDEX_NAME, _index(plan)),
-        _write(folder, RUNTIME_NAME, files("glm_quant.model").joinpath(RUNTIME_NAME).read_bytes()),
     ]
+    if plan.geometry is not None:
+        runtime = files("glm_quant.model").joinpath(RUNTIME_NAME).read_bytes()
+        written.append(_write(folder, RUNTIME_NAME, runtime))
     # Before the manifest: with it, what stands in the folder is the build.
     _remove_strays(folder, {shard.name for shard in plan.shards})
     source_shards = sorted({name for record in records for name in record.inputs.sources})
@@ -128,7 +136,7 @@ def _assemble(
         recipe=recipe.model_dump(mode="json"),
         versions={"glm-quant": __version__, "mlx": version("mlx")},
         totals=_totals(plan),
-        census=take_census((p.weight, p.scheme) for p in plan.weights),
+        census=take_census((p.weight.group, p.weight.params, p.scheme) for p in plan.weights),
         block_elements=BLOCK_ELEMENTS,
         imatrix={file.path: file.sha256 for file in plan.imatrix.outputs} if plan.imatrix else {},
         shards=[
@@ -149,14 +157,20 @@ def _totals(plan: Plan) -> dict[str, float]:
     }
 
 
-def take_census(weights: Iterable[tuple[OutputWeight, Scheme]]) -> dict[str, dict[str, int]]:
-    """Return the parameters of each component group by how they are stored."""
+def take_census(
+    weights: Iterable[tuple[ComponentGroup, int, Scheme]],
+) -> dict[str, dict[str, int]]:
+    """Return the parameters of each component group by how they are stored.
+
+    Args:
+        weights: group, parameters and scheme of each.
+    """
     census: dict[str, dict[str, int]] = {}
-    for weight, scheme in weights:
+    for group, params, scheme in weights:
         # The quantizer changes values, not the layout, and config.json does not tell it.
         layout = replace(scheme, quantizer="minmax") if isinstance(scheme, Quantized) else scheme
-        group = census.setdefault(weight.group, {})
-        group[layout.describe()] = group.get(layout.describe(), 0) + weight.params
+        schemes = census.setdefault(group, {})
+        schemes[layout.describe()] = schemes.get(layout.describe(), 0) + params
     return census
 
 

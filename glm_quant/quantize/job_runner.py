@@ -12,12 +12,13 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from glm_quant.checkpoint.header import ITEM_SIZE, TensorInfo
+from glm_quant.checkpoint.header import TensorInfo
 from glm_quant.checkpoint.reader import Checkpoint
 from glm_quant.codes.fidelity import Fidelity
 from glm_quant.errors import IntegrityError
-from glm_quant.quantize.jobs import Job, block_of, encode_job, load_job
+from glm_quant.quantize.jobs import Job, block_of, encode_job
 from glm_quant.quantize.journal import Entry, Piece
+from glm_quant.quantize.load import load_parts
 from glm_quant.quantize.outputs import Outputs
 from glm_quant.quantize.partial import PartialOutputs
 from glm_quant.quantize.pipeline import WorkItem
@@ -43,7 +44,6 @@ class JobRunner:
             finished: records of the outputs that are whole.
             checkpoint: where rows are read; default: that of the outputs.
         """
-        self._geometry = outputs.plan.geometry
         self._checkpoint = checkpoint or outputs.checkpoint
         self._partial = partial
         self._thread = threading.local()
@@ -58,7 +58,7 @@ class JobRunner:
         for entry in partial.done.values():
             # A journaled job of an earlier layout may have read blocks that no job reads now.
             if job := blocks.get(block_of(entry.job)):
-                zero = self._check.is_of_zeros(entry.source_sha256, self._size(job))
+                zero = self._check.is_of_zeros(entry.source_sha256, job.size_bytes)
                 self._check.add_block(job.source, job.begin_row, entry.source_sha256, zero)
 
     def work_item(self, job: Job, shards: Collection[int]) -> WorkItem:
@@ -71,14 +71,10 @@ class JobRunner:
         return WorkItem(
             job.key,
             frozenset(job.shards.intersection(shards)),
-            self._size(job),
+            job.size_bytes,
             self._checkpoint.index.weight_map[job.source],
             lambda path: self._run(job, path, shards),
         )
-
-    def _size(self, job: Job) -> int:
-        item_size = ITEM_SIZE[self._checkpoint.tensors[job.source].dtype]
-        return (job.end_row - job.begin_row) * job.width * item_size
 
     def _run(self, job: Job, path: Path | None, shards: Collection[int]) -> Entry:
         """Read a job's rows, encode them for each target, write them. Runs in an encoder."""
@@ -89,16 +85,18 @@ class JobRunner:
             if path is None or info.shard != shard:
                 first = info.begin + begin
                 return np.frombuffer(source.read(info.shard, first, first + size), np.uint8)
-            # The buffer is for the job's rows alone: they are still in use when scales are read.
-            room = self._buffer(size) if info.name == job.source else np.empty(size, np.uint8)
+            # The buffer holds one range; of several, the first is in use when the next is read.
+            alone = len(job.parts) == 1 and job.parts[0][0].is_copy
+            room = self._buffer(size) if alone else np.empty(size, np.uint8)
             return _read_file(path, info, begin, room)
 
-        loaded = load_job(job, self._checkpoint, read)
+        where = f"{shard}: tensor {job.source}"
+        loaded = load_parts(job.parts, where, self._checkpoint, read)
         with self._lock:
             self._check.add_block(job.source, job.begin_row, loaded.sha256, loaded.all_zero)
         pieces: list[Piece] = []
         fidelity: dict[str, Fidelity] = {}
-        for encoded in encode_job(job, loaded, self._geometry, shards):
+        for encoded in encode_job(job, loaded, shards):
             pieces += [self._partial.write(*written) for written in encoded.written]
             if encoded.fidelity:
                 fidelity[encoded.weight.weight.name] = encoded.fidelity

@@ -1,13 +1,13 @@
 """Jobs: the plan cut into pieces that fit in memory and can be done in any order.
 
-A job reads whole rows of one source tensor and fills whole rows of one or more outputs. An expert
-is one job; embeddings and other large matrices are several. No two jobs write the same byte, and
+A job reads a part of one source tensor, and what else its outputs are made of, and fills whole
+rows of one or more outputs. An expert is one job; embeddings and other large matrices are several.
+Outputs that are made of the same tensor share its jobs. No two jobs write the same byte, and
 together they write every byte of every output tensor once.
 """
 
-import hashlib
 from collections import defaultdict
-from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import NamedTuple
@@ -15,17 +15,14 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from glm_quant.checkpoint.fp8 import FP8_DTYPE, scale_name
-from glm_quant.checkpoint.header import ITEM_SIZE, TensorInfo
-from glm_quant.checkpoint.reader import Checkpoint
-from glm_quant.codes.encode import Rows, encode, load_rows
+from glm_quant.architectures.segments import Segment, unit_elements
+from glm_quant.codes.encode import encode
 from glm_quant.codes.fidelity import Fidelity, measure
 from glm_quant.codes.scheme import Quantized
 from glm_quant.errors import RecipeError
 from glm_quant.fingerprint import Canonical, fingerprint
-from glm_quant.model.geometry import Geometry
-from glm_quant.model.restructure import Part, transform_rows
 from glm_quant.quantize.layout import PlannedTensor, PlannedWeight
+from glm_quant.quantize.load import LoadedJob
 from glm_quant.quantize.plan import Plan
 
 # 16 M elements: 32 MB of bf16. Several workers stay far below 1 GB.
@@ -33,30 +30,40 @@ BLOCK_ELEMENTS = 1 << 24
 # Far above what any sensible recipe needs, far below what one process may open.
 MAX_OPEN_OUTPUTS = 64
 
-# (tensor, first byte in its data, number of bytes) to those bytes.
-Read = Callable[[TensorInfo, int, int], NDArray[np.uint8]]
-
 
 @dataclass(frozen=True)
 class Target:
-    """Where a job's rows go: `first_row` counts rows of the output seen as a matrix."""
+    """What a job fills: units `begin` to `end` of a segment of a weight."""
 
     weight: PlannedWeight
-    part: Part
-    first_row: int
+    segment: Segment
+    begin: int
+    end: int
+
+    @property
+    def first_row(self) -> int:
+        """The first row of the output, seen as a matrix, that it fills."""
+        return self.segment.first_row + self.begin * self.segment.unit_rows
 
 
 @dataclass(frozen=True)
 class Job:
-    """Rows `begin_row` to `end_row` of a source tensor, seen as a matrix with `width` columns.
+    """A part of a source tensor that is read, and what is filled from it.
 
-    `calibrated` names what its codes are calibrated with; empty where nothing is.
+    Attributes:
+        source: the tensor that most bytes are read from.
+        begin_row: where the part begins, in rows of the tensor seen as a matrix; with the tensor's
+            name it names the job.
+        size_bytes: how much of the tensor it stands for.
+        parts: what is read: all targets that the plan has, whichever of them are wanted.
+        targets: what is written.
+        calibrated: names what the codes are calibrated with; empty where nothing is.
     """
 
     source: str
     begin_row: int
-    end_row: int
-    width: int
+    size_bytes: int
+    parts: tuple[tuple[Segment, int, int], ...]
     targets: tuple[Target, ...]
     calibrated: str = ""
 
@@ -76,18 +83,6 @@ class Job:
         return {t.shard for target in self.targets for t in target.weight.tensors}
 
 
-class LoadedRows(NamedTuple):
-    """A job's source rows; the sha256 of their stored bytes, whether those are all zero.
-
-    `where` is what messages call them.
-    """
-
-    rows: Rows
-    sha256: str
-    all_zero: bool
-    where: str
-
-
 class Encoded(NamedTuple):
     """What a job makes of one weight: (tensor, first row there, bytes), and how near it came."""
 
@@ -98,13 +93,13 @@ class Encoded(NamedTuple):
 
 def make_jobs(plan: Plan, block_elements: int = BLOCK_ELEMENTS) -> list[Job]:
     """Return every job of a plan, in the order of the plan's weights."""
-    feeds: dict[str, list[tuple[PlannedWeight, Part]]] = defaultdict(list)
+    feeds: dict[str, list[tuple[PlannedWeight, Segment]]] = defaultdict(list)
     for planned in plan.weights:
-        for part in planned.weight.parts:
-            feeds[part.source].append((planned, part))
+        for segment in planned.weight.segments:
+            feeds[segment.source].append((planned, segment))
     jobs: list[Job] = []
-    for source, destinations in feeds.items():
-        jobs += _split(source, destinations, block_elements)
+    for destinations in feeds.values():
+        jobs += _jobs_of_source(destinations, block_elements)
     return jobs
 
 
@@ -163,95 +158,77 @@ def check_open_outputs(count: int) -> None:
         )
 
 
-def _split(
-    source: str, destinations: list[tuple[PlannedWeight, Part]], block_elements: int
+def _jobs_of_source(
+    destinations: list[tuple[PlannedWeight, Segment]], block_elements: int
 ) -> list[Job]:
-    unit_rows = destinations[0][1].unit[0]
-    units = destinations[0][1].units
-    elements = sum(
-        planned.weight.params // len(planned.weight.parts) for planned, _ in destinations
-    )
-    width = elements // (unit_rows * units)
-    # Whole units of the transform, which moves rows within one.
-    step = max(1, block_elements // (unit_rows * width))
+    """Cut what one source tensor feeds: together where all of it has as many units, else apart."""
+    if len({segment.units for _, segment in destinations}) == 1:
+        return _cut(destinations, block_elements, 0)
+    jobs: list[Job] = []
+    for planned, segment in destinations:
+        reads = [part for part in segment.reads(0, 1) if part.name == segment.source]
+        width = max(1, segment.source_elements // max(1, segment.source_rows))
+        first_row = min((part.begin for part in reads), default=0) // width
+        jobs += _cut([(planned, segment)], block_elements, first_row)
+    return jobs
+
+
+def _cut(
+    destinations: list[tuple[PlannedWeight, Segment]], block_elements: int, first_row: int
+) -> list[Job]:
+    main = destinations[0][1]
+    step = max(1, block_elements // sum(unit_elements(segment) for _, segment in destinations))
+    # Rows of the source that a unit takes; where they do not divide, units are counted instead.
+    rows, rest = divmod(main.source_rows, main.units)
+    unit_rows = rows if rows and not rest else 1
     # Part of the key: codes of an earlier calibration are not taken for those of this one.
     calibrated: list[Canonical] = [
         [p.weight.name, p.calibrated] for p, _ in destinations if p.calibrated
     ]
-    return [
-        Job(
-            source,
-            first * unit_rows,
-            min(first + step, units) * unit_rows,
-            width,
-            tuple(
-                Target(planned, part, part.first_row + first * part.unit[1])
-                for planned, part in destinations
-            ),
-            fingerprint(calibrated)[:16] if calibrated else "",
+    jobs: list[Job] = []
+    for begin in range(0, main.units, step):
+        end = min(begin + step, main.units)
+        jobs.append(
+            Job(
+                main.source,
+                first_row + begin * unit_rows,
+                main.source_bytes * (end - begin) // main.units,
+                tuple((segment, begin, end) for _, segment in destinations),
+                tuple(Target(planned, segment, begin, end) for planned, segment in destinations),
+                fingerprint(calibrated)[:16] if calibrated else "",
+            )
         )
-        for first in range(0, units, step)
-    ]
+    return jobs
 
 
-def load_job(job: Job, checkpoint: Checkpoint, read: Read) -> LoadedRows:
-    """Read a job's rows and look at every value.
-
-    Args:
-        job: what to read.
-        checkpoint: knows where the rows lie.
-        read: returns bytes of a tensor: (tensor, first byte in its data, how many).
-
-    Raises:
-        WeightError: a value is NaN or Inf.
-    """
-    info = checkpoint.tensors[job.source]
-    row_bytes = job.width * ITEM_SIZE[info.dtype]
-    data = read(info, job.begin_row * row_bytes, (job.end_row - job.begin_row) * row_bytes)
-    # Of the stored bytes: what the manifest says of a source holds for FP8 scales too.
-    digest = hashlib.sha256(data.data)
-    scales: NDArray[np.float32] | None = None
-    if info.dtype == FP8_DTYPE:
-        scale_info = checkpoint.tensors[scale_name(job.source)]
-        stored = read(scale_info, 0, scale_info.size_bytes)
-        digest.update(stored.data)
-        scales = stored.view(np.float32).reshape(scale_info.shape)
-    where = f"{info.shard}: tensor {job.source}"
-    rows = load_rows(data, info.dtype, job.width, where, scales=scales, first_row=job.begin_row)
-    return LoadedRows(rows, digest.hexdigest(), not data.any(), where)
-
-
-def encode_job(
-    job: Job, loaded: LoadedRows, geometry: Geometry, shards: Container[int]
-) -> Iterator[Encoded]:
+def encode_job(job: Job, loaded: LoadedJob, shards: Container[int]) -> Iterator[Encoded]:
     """Yield what a job writes.
 
     Args:
         job: what to do.
-        loaded: its source rows.
-        geometry: the model's dims.
+        loaded: what of the source it reads.
         shards: output shards that are wanted; what lies in others is left out.
 
     Raises:
         WeightError: a value does not fit its target dtype, or the codes are too far from it.
     """
-    rows, where = loaded.rows, loaded.where
     for target in job.targets:
         weight = target.weight
         if not any(tensor.shard in shards for tensor in weight.tensors):
             continue
-        bits = transform_rows(rows.bits, target.part.transform, geometry)
+        rows = loaded.rows(target.segment, target.begin, target.end)
         importance = None
         if weight.importance is not None:
-            importance = weight.importance.of_rows(target.first_row, len(bits), weight.weight.rows)
+            all_rows = weight.weight.rows
+            importance = weight.importance.of_rows(target.first_row, len(rows.bits), all_rows)
         # Cached: the many jobs of a layer share few factors.
         factor = weight.factor.load() if weight.factor is not None else None
-        arrays = encode(Rows(bits, rows.dtype), weight.scheme, where, importance, factor)
+        arrays = encode(rows, weight.scheme, loaded.where, importance, factor)
         fidelity = None
         if isinstance(weight.scheme, Quantized):
             # While the rows are at hand; held against what was stored, not what was meant.
-            fidelity = measure(bits, rows.dtype, weight.scheme, arrays)
-            fidelity.check(weight.scheme, where)
+            fidelity = measure(rows.bits, rows.dtype, weight.scheme, arrays)
+            fidelity.check(weight.scheme, loaded.where)
         yield Encoded(
             weight,
             [

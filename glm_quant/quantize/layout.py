@@ -7,10 +7,10 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from glm_quant.architectures.weights import OutputWeight
 from glm_quant.checkpoint.header import ITEM_SIZE
 from glm_quant.checkpoint.imatrix import Factor, Importance
 from glm_quant.codes.scheme import Scheme, TensorLayout, layouts
-from glm_quant.model.restructure import OutputWeight
 
 
 @dataclass(frozen=True)

@@ -5,12 +5,12 @@ import logging
 from functools import cached_property
 from pathlib import Path
 
+from glm_quant.architectures.expressions import describe
+from glm_quant.architectures.segments import Segment
 from glm_quant.artifact import FileDigest
-from glm_quant.checkpoint.fp8 import FP8_DTYPE, scale_name
 from glm_quant.checkpoint.reader import Checkpoint
 from glm_quant.codes.encode import VERSION
 from glm_quant.fingerprint import Canonical, fingerprint
-from glm_quant.model.restructure import Part
 from glm_quant.quantize.jobs import Job, count_open_outputs, make_jobs, source_order
 from glm_quant.quantize.layout import PlannedWeight
 from glm_quant.quantize.plan import Plan
@@ -140,9 +140,11 @@ class Outputs:
 
     def _inputs_of(self, shard: int) -> ShardInputs:
         weight_map, files = self.checkpoint.index.weight_map, self.checkpoint.files
-        sources = {job.source for job in self.jobs_of[shard]}
-        sources |= {
-            scale_name(name) for name in sources if self.checkpoint.tensors[name].dtype == FP8_DTYPE
+        sources = {
+            str(leaf.name)
+            for job in self.jobs_of[shard]
+            for segment, _, _ in job.parts
+            for leaf in segment.source_tensors
         }
         return ShardInputs(
             version=VERSION,
@@ -156,27 +158,22 @@ class Outputs:
 
 def weight_key(planned: PlannedWeight, checkpoint: Checkpoint) -> str:
     """Return the hash of all that decides the stored bytes of a weight."""
-    parts: list[Canonical] = [_part_key(part, checkpoint) for part in planned.weight.parts]
     return fingerprint(
         {
             "version": VERSION,
             "scheme": planned.describe(),
             "shape": planned.weight.shape,
-            "parts": parts,
+            "parts": [_segment_key(segment, checkpoint) for segment in planned.weight.segments],
         }
     )
 
 
-def _part_key(part: Part, checkpoint: Checkpoint) -> Canonical:
-    info = checkpoint.tensors[part.source]
-    places = [info]
-    if info.dtype == FP8_DTYPE:
-        # The stored bytes of an FP8 weight depend on its scales, which are a tensor of their own.
-        places.append(checkpoint.tensors[scale_name(part.source)])
+def _segment_key(segment: Segment, checkpoint: Checkpoint) -> Canonical:
+    places = [checkpoint.tensors[str(leaf.name)] for leaf in segment.source_tensors]
     return [
-        part.transform,
-        part.first_row,
-        info.dtype,
+        "copy" if segment.is_copy else describe(segment.expression),
+        segment.first_row,
+        [place.dtype for place in places],
         *[f"{_content(checkpoint, p.shard)}:{p.begin}:{p.end}" for p in places],
     ]
 

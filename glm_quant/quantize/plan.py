@@ -5,29 +5,32 @@ after the other while the source streams by once, and at most a few are open at 
 """
 
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict
 
+from glm_quant.architectures.architecture import Architecture, open_architecture
+from glm_quant.architectures.weights import (
+    MTP_REASON,
+    OutputWeight,
+    drop_reasons,
+    output_weights,
+)
 from glm_quant.checkpoint import fp8
 from glm_quant.checkpoint.imatrix import Imatrix, ImatrixRecord
 from glm_quant.checkpoint.reader import Checkpoint
-from glm_quant.codes.scheme import Quantized, Scheme, Stored
-from glm_quant.errors import RecipeError
-from glm_quant.model.geometry import Geometry
-from glm_quant.model.groups import component_group
-from glm_quant.model.restructure import (
-    OutputWeight,
-    check_names,
-    check_shapes,
-    output_weights,
-)
+from glm_quant.codes.scheme import Quantized
+from glm_quant.errors import CheckpointError, RecipeError
+from glm_quant.model.geometry import Geometry, is_glm
+from glm_quant.model.release import check_names, check_shapes, release_weights
+from glm_quant.quantize.assignment import assign_schemes
 from glm_quant.quantize.layout import PlannedShard, PlannedTensor, PlannedWeight, lay_out
-from glm_quant.recipe import ComponentGroup, Recipe, Rule
+from glm_quant.recipe import ComponentGroup, Recipe
 
-_STORED_DTYPE = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
+# A build without any of them cannot be prompted.
+_TOKENIZERS = frozenset({"tokenizer.json", "tokenizer.model", "tiktoken.model", "vocab.json"})
 
 
 class GroupTotals(BaseModel):
@@ -50,20 +53,40 @@ class Plan:
     """What will be made from a checkpoint under a recipe.
 
     Attributes:
+        geometry: GLM's dims; None for other architectures.
+        architecture: what mlx-lm makes of the source; None for GLM, whose runtime travels along.
         dropped: source tensors that no output needs.
+        drop_reasons: how many of them for each reason.
         warnings: what a person should know before starting.
         imatrix: what the weights were calibrated with, if they were.
         uncalibrated: the recipe wants a calibration that is still to be made: everything has its
             place, but nothing can be encoded.
     """
 
-    geometry: Geometry
+    geometry: Geometry | None
+    architecture: Architecture | None
     weights: tuple[PlannedWeight, ...]
     shards: tuple[PlannedShard, ...]
     dropped: tuple[str, ...]
+    drop_reasons: Mapping[str, int]
     warnings: tuple[str, ...] = ()
     imatrix: ImatrixRecord | None = None
     uncalibrated: bool = False
+
+    @property
+    def glm_geometry(self) -> Geometry:
+        """GLM's dims, for what streams GLM's forward pass.
+
+        Raises:
+            CheckpointError: the source is of another architecture.
+        """
+        if self.geometry is None:
+            raise CheckpointError(
+                "config.json: model_type is not glm_moe_dsa. Other architectures can be planned, "
+                "converted and verified; calibrating, proving and measuring them is not built yet. "
+                "Use `glm-quant convert`."
+            )
+        return self.geometry
 
     @property
     def tensors(self) -> Iterator[PlannedTensor]:
@@ -118,34 +141,43 @@ def make_plan(checkpoint: Checkpoint, recipe: Recipe, imatrix: Path | None = Non
         CheckpointError: the checkpoint is not whole or not what its config implies.
         RecipeError: a weight without a rule, a rule without a weight, a scheme that does not fit.
     """
-    geometry = Geometry.from_config(checkpoint.config)
-    is_fp8 = fp8.check_fp8_config(checkpoint.config)
-    warnings = (fp8.WARNING,) if is_fp8 else ()
-    if "tokenizer.json" not in checkpoint.files:
-        warnings += (
-            f"{checkpoint.source.uri}: there is no tokenizer.json, so nobody can prompt the build.",
+    weight_map = checkpoint.index.weight_map
+    if is_glm(checkpoint.config):
+        geometry, architecture = Geometry.from_config(checkpoint.config), None
+        weights, warnings = _glm_weights(checkpoint, geometry)
+        layers = geometry.num_hidden_layers
+    else:
+        geometry = None
+        architecture = open_architecture(checkpoint.config, checkpoint.tensors.values())
+        weights = output_weights(architecture, weight_map)
+        layers = architecture.layers
+        warnings = _quantized_already(architecture, checkpoint)
+    if not checkpoint.files.keys() & _TOKENIZERS:
+        warnings.append(
+            f"{checkpoint.source.uri}: there is no tokenizer.json, so nobody can prompt the build."
         )
-    check_names(geometry, checkpoint.index.weight_map, fp8=is_fp8)
-    # Config and index are enough for a plan: weights may still be remote.
-    tensors = checkpoint.tensors if checkpoint.has_weights else None
-    if tensors is not None:
-        check_shapes(geometry, tensors, fp8=is_fp8)
-    weights = output_weights(geometry, checkpoint.index.weight_map, tensors)
-    dropped = [
-        name
-        for name in checkpoint.index.weight_map
-        if component_group(name, geometry.num_hidden_layers) == "mtp"
-    ]
-    schemes = _assign(weights, dropped, recipe)
-    kept = [(weight, scheme) for weight, scheme in zip(weights, schemes, strict=True) if scheme]
+    used = frozenset[str]().union(*(weight.sources for weight in weights))
+    dropped = sorted(weight_map.keys() - used)
+    reasons = drop_reasons(dropped, layers)
+    mtp = [name for name, reason in reasons.items() if reason == MTP_REASON]
+    if geometry is None and recipe.own_calibration is not None:
+        raise RecipeError(
+            f"{recipe.file}: the recipe wants a calibration, which streams GLM's forward pass only "
+            "so far. Use the quantizer `search` or `minmax` without `calibration`, or name an "
+            "`imatrix`."
+        )
+    schemes = assign_schemes(weights, mtp, recipe, architecture)
+    kept = list(zip(weights, schemes, strict=True))
     planned, shards = lay_out(kept, recipe.shard_bytes)
     opened = _open_imatrix(recipe, imatrix)
     return Plan(
         geometry,
+        architecture,
         planned if opened is None else calibrated(planned, recipe, opened),
         shards,
-        tuple(sorted(dropped)),
-        warnings,
+        tuple(dropped),
+        Counter(reasons.values()),
+        tuple(warnings),
         opened and opened.record,
         uncalibrated=opened is None and recipe.own_calibration is not None,
     )
@@ -158,65 +190,37 @@ def _open_imatrix(recipe: Recipe, calibrated_folder: Path | None) -> Imatrix | N
     return Imatrix.open(folder) if folder is not None else None
 
 
-def _assign(weights: list[OutputWeight], mtp: list[str], recipe: Recipe) -> list[Scheme | None]:
-    """Give each weight the scheme of the first rule that matches it."""
-    fired: set[int] = set()
-
-    def first_rule(path: str, group: str, name: str) -> Rule:
-        for i, rule in enumerate(recipe.rules):
-            if rule.matches(path, group):  # pyright: ignore[reportArgumentType]
-                fired.add(i)
-                return rule
-        raise RecipeError(
-            f"{recipe.file}: no rule covers tensor {name} (group {group}). Add a rule for the "
-            "group, for example `dtype: source`."
-        )
-
-    schemes = [
-        _scheme(first_rule(weight.path, weight.group, weight.name), weight, recipe)
-        for weight in weights
-    ]
-    for name in mtp:
-        rule = first_rule(name.rpartition(".")[0], "mtp", name)
-        if not rule.drop:
-            raise RecipeError(
-                f"{recipe.where(rule)}: the rule keeps tensor {name}, but stock mlx-lm has no "
-                "multi-token prediction and drops such layers. Add `- group: mtp` with "
-                "`drop: true` before it."
-            )
-    for i, rule in enumerate(recipe.rules):
-        # A checkpoint without MTP layers is no reason to write another recipe.
-        if i not in fired and rule.group != "mtp":
-            raise RecipeError(
-                f"{recipe.where(rule)}: the rule ({rule.describe()}) matches none of the "
-                f"{len(weights):,} weights. Correct it, or remove it if an earlier rule covers it."
-            )
-    return schemes
+def _glm_weights(
+    checkpoint: Checkpoint, geometry: Geometry
+) -> tuple[list[OutputWeight], list[str]]:
+    """Return the weights of a GLM release, held against its config, and warnings."""
+    weight_map = checkpoint.index.weight_map
+    is_fp8 = fp8.check_fp8_config(checkpoint.config)
+    check_names(geometry, weight_map, fp8=is_fp8)
+    # Config and index are enough for a plan: weights may still be remote.
+    tensors = checkpoint.tensors if checkpoint.has_weights else None
+    if tensors is not None:
+        check_shapes(geometry, tensors, fp8=is_fp8)
+    return release_weights(geometry, weight_map, tensors), [fp8.WARNING] if is_fp8 else []
 
 
-def _scheme(rule: Rule, weight: OutputWeight, recipe: Recipe) -> Scheme | None:
-    if rule.drop:
-        raise RecipeError(
-            f"{recipe.where(rule)}: the rule drops tensor {weight.name}, which the model cannot "
-            "run without. Only `group: mtp` can be dropped."
+def _quantized_already(architecture: Architecture, checkpoint: Checkpoint) -> list[str]:
+    """Return what a person should know of a source that is quantized already."""
+    if "quantization" in checkpoint.config:
+        raise CheckpointError(
+            "config.json: `quantization` says that this checkpoint was quantized for MLX already. "
+            "Use the vendor's release as the source."
         )
-    if rule.bits is None:
-        dtype = _STORED_DTYPE.get(rule.dtype or "source", weight.source_dtype)
-        return Stored(weight.source_dtype if weight.keeps_dtype else dtype)
-    if not weight.is_matrix:
-        raise RecipeError(
-            f"{recipe.where(rule)}: the rule quantizes tensor {weight.name} (group {weight.group}, "
-            f"shape {list(weight.shape)}), which mlx-lm cannot run quantized. Give it a `dtype`."
+    warnings: list[str] = []
+    if any(info.dtype.startswith("F8") for info in checkpoint.tensors.values()):
+        warnings.append(fp8.WARNING)
+    if packed := architecture.packed:
+        kinds = sorted({f"{scheme['bits']}-bit {scheme['mode']}" for scheme in packed.values()})
+        warnings.append(
+            f"{len(packed):,} modules of the source are packed already ({', '.join(kinds)}). They "
+            "pass as they are, whatever the recipe says of them."
         )
-    width = weight.shape[-1]
-    if width % rule.group_size:
-        raise RecipeError(
-            f"{recipe.where(rule)}: group_size {rule.group_size} does not divide the last dim "
-            f"{width} of tensor {weight.name}. Choose one of "
-            f"{', '.join(str(g) for g in (32, 64, 128) if width % g == 0) or 'another dtype'}."
-        )
-    quantizer = rule.quantizer or recipe.quantizer if rule.mode == "affine" else "minmax"
-    return Quantized(rule.mode, rule.bits, rule.group_size, quantizer)
+    return warnings
 
 
 def calibrated(

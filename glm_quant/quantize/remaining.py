@@ -238,7 +238,7 @@ def _source_digests(
     """Return the digests of the source blocks behind an output, read now or long ago."""
     digests: dict[str, list[str]] = {}
     for planned in outputs.weights_of[shard]:
-        sources = {part.source for part in planned.weight.parts}
+        sources = {segment.source for segment in planned.weight.segments}
         for tensor in reusable.get(planned.weight.name, {}).values():
             digests |= {s: d for s, d in tensor.record.sources.items() if s in sources}
     read: dict[str, list[str]] = defaultdict(list)

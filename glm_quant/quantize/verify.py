@@ -6,16 +6,14 @@ With the source at hand, sampled blocks of weights are made again and compared b
 import json
 import os
 import random
-from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
 from pydantic import ValidationError
 
+from glm_quant.architectures.architecture import Architecture, open_architecture
 from glm_quant.checkpoint.header import TensorInfo, shorten
 from glm_quant.checkpoint.index import INDEX_NAME, parse_index
 from glm_quant.checkpoint.manifest import MANIFEST_NAME, Manifest, load_manifest
@@ -24,13 +22,14 @@ from glm_quant.checkpoint.source import Source
 from glm_quant.codes.scheme import Quantized, Scheme, Stored, layouts
 from glm_quant.errors import CheckpointError, IntegrityError
 from glm_quant.litter import entries
-from glm_quant.model.geometry import Geometry, Shape
-from glm_quant.model.restructure import OutputWeight, output_weights
+from glm_quant.model.geometry import Geometry, is_glm
+from glm_quant.model.release import release_weights
 from glm_quant.quantize.assemble import output_config, take_census
-from glm_quant.quantize.jobs import Job, encode_job, load_job, make_jobs
+from glm_quant.quantize.jobs import Job, encode_job, make_jobs
 from glm_quant.quantize.layout import tensor_name
+from glm_quant.quantize.load import load_parts, read_of
 from glm_quant.quantize.plan import Plan, make_plan
-from glm_quant.recipe import Recipe, Rule
+from glm_quant.recipe import ComponentGroup, Recipe, Rule
 
 
 @dataclass(frozen=True)
@@ -146,9 +145,22 @@ def _check_shapes(
     Returns:
         The census of how weights are stored: see `Manifest.census`.
     """
-    implied: dict[str, Shape] = {}
-    stored: list[tuple[OutputWeight, Scheme]] = []
-    for weight in output_weights(Geometry.from_config(config), defaultdict(str), None):
+    if is_glm(config):
+        return take_census(_stored_of_glm(path, config, tensors))
+    try:
+        architecture = open_architecture(config, tensors.values(), cast=False)
+    except CheckpointError as error:
+        raise IntegrityError(f"{path}: {error} Make or fetch the output again.") from None
+    return take_census(_stored(path, architecture, config))
+
+
+def _stored_of_glm(
+    path: Path, config: dict[str, Any], tensors: Mapping[str, TensorInfo]
+) -> list[tuple[ComponentGroup, int, Scheme]]:
+    """Return group, parameters and scheme of each weight that GLM's config implies."""
+    implied: dict[str, tuple[int, ...]] = {}
+    stored: list[tuple[ComponentGroup, int, Scheme]] = []
+    for weight in release_weights(Geometry.from_config(config), {}, None):
         entry = config.get("quantization", {}).get(weight.path)
         # Shapes do not depend on the dtype, which config.json does not tell of stored weights.
         scheme = Stored("BF16") if entry is None else _scheme(path, weight.path, entry)
@@ -156,7 +168,7 @@ def _check_shapes(
             implied[tensor_name(weight, layout)] = layout.shape
         if entry is None and weight.name in tensors:
             scheme = Stored(tensors[weight.name].dtype)
-        stored.append((weight, scheme))
+        stored.append((weight.group, weight.params, scheme))
     for name, shape in implied.items():
         if name not in tensors or tensors[name].shape != shape:
             actual = list(tensors[name].shape) if name in tensors else "nowhere"
@@ -170,7 +182,22 @@ def _check_shapes(
             f"{path}: tensor {odd[0]} ({len(odd)} in all) is not implied by config.json. Make or "
             "fetch the output again."
         )
-    return take_census(stored)
+    return stored
+
+
+def _stored(
+    path: Path, architecture: Architecture, config: dict[str, Any]
+) -> Iterator[tuple[ComponentGroup, int, Scheme]]:
+    """Yield group, parameters and scheme of each weight of a build."""
+    quantization = config.get("quantization", {})
+    for parameter in architecture.parameters:
+        entry = quantization.get(parameter.path)
+        part = parameter.name.rpartition(".")[2]
+        if entry is not None and part == "weight":
+            scheme = _scheme(path, parameter.path, entry)
+            yield parameter.group, parameter.size * 32 // scheme.bits, scheme
+        elif entry is None or part not in ("scales", "biases"):
+            yield parameter.group, parameter.size, Stored(parameter.dtype)
 
 
 def _scheme(path: Path, module: str, entry: dict[str, Any]) -> Quantized:
@@ -241,12 +268,9 @@ def _is_calibrated(job: Job) -> bool:
 
 
 def _compare(folder: Path, plan: Plan, checkpoint: Checkpoint, job: Job) -> None:
-    def read(info: TensorInfo, begin: int, size: int) -> NDArray[np.uint8]:
-        first = info.begin + begin
-        return np.frombuffer(checkpoint.source.read(info.shard, first, first + size), np.uint8)
-
-    loaded = load_job(job, checkpoint, read)
-    for encoded in encode_job(job, loaded, plan.geometry, range(len(plan.shards))):
+    where = f"{checkpoint.index.weight_map[job.source]}: tensor {job.source}"
+    loaded = load_parts(job.parts, where, checkpoint, read_of(checkpoint))
+    for encoded in encode_job(job, loaded, range(len(plan.shards))):
         for tensor, row, expected in encoded.written:
             path = folder / plan.shards[tensor.shard].name
             offset = tensor.offset + row * tensor.row_bytes

@@ -8,6 +8,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from glm_quant.architectures.architecture import mlx_lm_version
 from glm_quant.evaluation.divergence_record import DivergenceRecord
 from glm_quant.evaluation.records import EvaluationRecord
 from glm_quant.quantize.outputs import Outputs
@@ -36,10 +37,14 @@ def plan_summary(
     disk = sum(shard.size_bytes for shard in plan.shards)
     files = f"{shards} shard{'s' * (shards != 1)}, {say.size(disk)} on disk"
     lines = [
+        f"{plan.architecture.model_type}, as {plan.architecture.module} of mlx-lm "
+        f"{mlx_lm_version()} loads it"
+        if plan.architecture
+        else "glm_moe_dsa, with the runtime that travels along",
         f"{plan.params:,} parameters at {plan.bits_per_weight:.5f} bits per weight",
         f"{plan.tensor_bytes:,} bytes of tensors in {files}",
     ]
-    if context_limit:
+    if context_limit and plan.geometry:
         need = memory_need(plan.geometry, plan.tensor_bytes, min(8192, context_limit))
         lines.append(
             f"{say.size(need.total_bytes)} of memory to read {say.tokens(need.context)} tokens"
@@ -50,7 +55,8 @@ def plan_summary(
             f"stored; at most {outputs.most_open} of the outputs are open at a time"
         )
     if plan.dropped:
-        lines.append(f"{len(plan.dropped):,} tensors of the source are left out (MTP)")
+        reasons = ", ".join(f"{reason}: {n:,}" for reason, n in plan.drop_reasons.items())
+        lines.append(f"{len(plan.dropped):,} tensors of the source are left out ({reasons})")
     lines += plan.warnings
     table = _groups(plan.groups(), plan.params, plan.tensor_bytes)
     return Group(Text(title, style="bold"), table, *(Text(line) for line in lines))

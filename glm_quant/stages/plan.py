@@ -63,7 +63,7 @@ def plan_figures(build: Build) -> PlanFigures:
     limit = int(build.checkpoint.config.get("max_position_embeddings", 0))
     outputs = build.conversion.outputs
     disk = sum(shard.size_bytes for shard in plan.shards)
-    needs = memory_needs(plan.geometry, plan.tensor_bytes, limit)
+    needs = memory_needs(plan.geometry, plan.tensor_bytes, limit) if plan.geometry else []
     return PlanFigures(
         recipe=build.recipe.name,
         params=plan.params,

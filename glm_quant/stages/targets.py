@@ -100,7 +100,7 @@ def _needs(build: Build) -> Iterator[Need]:
 
 def _state_bytes(build: Build) -> int:
     """Return what one pass over the texts keeps on disk at most, for a pass that is to come."""
-    records, geometry = build.workspace.records, build.plan.geometry
+    records, geometry = build.workspace.records, build.plan.glm_geometry
     passes: dict[str, TokenSettings | None] = {
         "divergence": build.recipe.divergence,
         "calibrate": build.recipe.own_calibration,

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -40,13 +41,13 @@ def with_rule(recipe: Recipe, group: str, bits: int) -> Recipe:
 def read(first: Made, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Give the source tensors that are read from here on."""
     names: list[str] = []
-    load = job_runner.load_job
+    load = job_runner.load_parts
 
-    def noted(job: job_runner.Job, *rest: object) -> object:
-        names.append(job.source)
-        return load(job, *rest)  # type: ignore[arg-type]
+    def noted(parts: Any, *rest: Any) -> object:
+        names.append(parts[0][0].source)
+        return load(parts, *rest)
 
-    monkeypatch.setattr(job_runner, "load_job", noted)
+    monkeypatch.setattr(job_runner, "load_parts", noted)
     return names
 
 
@@ -96,7 +97,7 @@ def test_more_shards_by_another_name_are_renamed(
 ) -> None:
     """Where only the last shards change, those before get their new names and are not copied."""
     last = first.plan.weights[-1].weight.path
-    rule = Rule(match=f"^{last}$", bits=8) if first.plan.weights[-1].weight.is_matrix else None
+    rule = Rule(match=f"^{last}$", bits=8) if first.plan.weights[-1].weight.quantizable else None
     rule = rule or Rule(match="^lm_head$", bits=8)
     recipe = demo_recipe.model_copy(update={"rules": (rule, *demo_recipe.rules)})
     inodes = {path.stat().st_ino for path in first.shard_files}
@@ -140,4 +141,6 @@ def test_equal_size_and_time_in_another_folder_is_no_match(
         other.checkpoint, other.plan, other.workspace, 1, reuse=[first.workspace]
     )
     other.complete_all()
-    assert set(read) >= {part.source for w in other.plan.weights for part in w.weight.parts}
+    assert set(read) >= {
+        segment.source for w in other.plan.weights for segment in w.weight.segments
+    }

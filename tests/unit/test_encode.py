@@ -9,7 +9,7 @@ import pytest
 from numpy.typing import NDArray
 
 from glm_quant.checkpoint.reader import as_array
-from glm_quant.codes.encode import Rows, encode, load_rows
+from glm_quant.codes.encode import Rows, encode, require_finite
 from glm_quant.codes.scheme import Quantized, Stored, layouts
 from glm_quant.errors import WeightError
 
@@ -27,7 +27,9 @@ def values(dtype: str, rows: int = 4, width: int = 128) -> NDArray[np.uint8]:
 
 
 def rows_of(data: NDArray[np.uint8], dtype: str, width: int = 128) -> Rows:
-    return load_rows(data, dtype, width, WHERE)
+    rows = Rows(data.view(BITS[dtype]).reshape(-1, width), dtype)
+    require_finite(rows, WHERE)
+    return rows
 
 
 SCHEMES = [
@@ -135,7 +137,7 @@ def test_threads_give_the_same_bytes() -> None:
     scheme = Quantized("affine", 3, 64)
 
     def once(_: int) -> bytes:
-        rows = load_rows(data, "BF16", 128, WHERE)
+        rows = rows_of(data, "BF16")
         return b"".join(array.tobytes() for array in encode(rows, scheme, WHERE))
 
     with ThreadPoolExecutor(4) as pool:

@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from glm_quant.architectures.segments import unit_elements
+from glm_quant.architectures.weights import OutputWeight
 from glm_quant.checkpoint.reader import Checkpoint
-from glm_quant.model.restructure import OutputWeight
 from glm_quant.quantize.jobs import by_source_shard, make_jobs
 from glm_quant.quantize.plan import make_plan
 from glm_quant.recipe import load_recipe
@@ -23,10 +24,12 @@ def test_jobs_are_blocks_of_whole_units(block: int, index_only: Callable[..., Ch
     jobs = make_jobs(plan, block)
     assert len({job.key for job in jobs}) == len(jobs)
     for job in jobs:
-        unit = job.targets[0].part.unit[0]
-        assert job.begin_row % unit == job.end_row % unit == 0
-        assert job.end_row > job.begin_row
-        assert (job.end_row - job.begin_row) * job.width <= max(block, unit * job.width)
+        elements = [
+            (target.end - target.begin) * unit_elements(target.segment) for target in job.targets
+        ]
+        one_unit = sum(unit_elements(target.segment) for target in job.targets)
+        assert all(target.end > target.begin for target in job.targets)
+        assert sum(elements) <= max(block, one_unit)
 
 
 def test_kv_b_feeds_two_outputs(index_only: Callable[..., Checkpoint]) -> None:

@@ -4,16 +4,21 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import mlx.core as mx
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from glm_quant.architectures.architecture import open_architecture
+from glm_quant.architectures.expressions import describe
+from glm_quant.architectures.replay import Replay
+from glm_quant.architectures.weights import OutputWeight
 from glm_quant.checkpoint.header import TensorInfo
 from glm_quant.checkpoint.reader import Checkpoint
 from glm_quant.errors import CheckpointError, MissingTensorError, ShapeError
 from glm_quant.model.geometry import Geometry
-from glm_quant.model.restructure import check_names, check_shapes, output_weights, transform_rows
+from glm_quant.model.release import check_names, check_shapes, release_weights
 from tests.synthetic import small_config
 
 configs = st.builds(
@@ -38,47 +43,82 @@ def weight_map_of(geometry: Geometry) -> dict[str, str]:
     return dict.fromkeys(names, "model.safetensors")
 
 
-@given(configs)
-def test_every_row_comes_from_one_place(config: dict[str, Any]) -> None:
+def weights_of(checkpoint: Checkpoint) -> list[OutputWeight]:
+    geometry = Geometry.from_config(checkpoint.config)
+    return release_weights(geometry, checkpoint.index.weight_map, None)
+
+
+@given(config=configs)
+@settings(
+    max_examples=10, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+def test_every_row_comes_from_one_place(
+    index_only: Callable[..., Checkpoint], config: dict[str, Any]
+) -> None:
     """Names are injective: outputs differ, and each row of each has exactly one source."""
+    checkpoint = index_only(config)
     geometry = Geometry.from_config(config)
-    outputs = output_weights(geometry, weight_map_of(geometry), None)
+    outputs = weights_of(checkpoint)
     names = [output.name for output in outputs]
     assert len(names) == len(set(names))
-    used = set[tuple[str, str]]()
+    used: list[str] = []
     for output in outputs:
         row = 0
-        for part in sorted(output.parts, key=lambda p: p.first_row):
-            assert part.first_row == row
-            row += part.units * part.unit[1]
-            assert (part.source, part.transform) not in used
-            used.add((part.source, part.transform))
+        for segment in output.segments:
+            assert segment.first_row == row
+            row += segment.rows
+            used.append(segment.source)
         assert row == output.rows
-    assert {source for source, _ in used} == {name for name, _, _ in geometry.tensors()}
-    split = [s for s, _ in used if s.endswith("kv_b_proj.weight")]
-    assert len(split) == 2 * config["num_hidden_layers"]
+    assert set(used) == {name for name, _, _ in geometry.tensors()}
+    twice = {name for name in used if used.count(name) > 1}
+    assert all(name.endswith("kv_b_proj.weight") for name in twice)
+    assert len(twice) == config["num_hidden_layers"]
     elements = sum(output.params for output in outputs)
     assert elements == sum(int(np.prod(shape)) for _, shape, _ in geometry.tensors())
 
 
-def test_split_of_kv_b() -> None:
+def test_split_of_kv_b(index_only: Callable[..., Checkpoint]) -> None:
     """embed_q is each head's first rows transposed, unembed_out the rest (facts §6.3)."""
-    geometry = Geometry.from_config(small_config())
     heads, nope, v, rank = 4, 64, 64, 64
     source = np.arange(heads * (nope + v) * rank, dtype=np.float32).reshape(-1, rank)
     by_head = source.reshape(heads, nope + v, rank)
-    embed_q = transform_rows(source, "embed_q", geometry)
-    unembed = transform_rows(source, "unembed_out", geometry)
-    expected = by_head[:, :nope].transpose(0, 2, 1).reshape(-1, nope)
-    np.testing.assert_array_equal(embed_q, expected)
-    np.testing.assert_array_equal(unembed, by_head[:, nope:].reshape(-1, rank))
+    outputs = {output.name: output for output in weights_of(index_only(small_config()))}
+    replay = Replay(lambda _name, begin, end: mx.array(source.reshape(-1)[begin:end]))
+    expected = {
+        "embed_q": by_head[:, :nope].transpose(0, 2, 1).reshape(-1, nope),
+        "unembed_out": by_head[:, nope:].reshape(-1, rank),
+    }
+    for name, rows in expected.items():
+        [segment] = outputs[f"model.layers.0.self_attn.{name}.weight"].segments
+        np.testing.assert_array_equal(np.array(segment.replay(replay, 0, heads)), rows)
+
+
+def test_the_expressions_are_those_of_the_runtime(small: Path) -> None:
+    """What is planned without mlx-lm is what the runtime's own class makes of the checkpoint."""
+    from glm_quant.model import glm_moe_dsa
+
+    checkpoint = Checkpoint.open(small)
+    geometry = Geometry.from_config(checkpoint.config)
+    weights = release_weights(geometry, checkpoint.index.weight_map, checkpoint.tensors)
+    architecture = open_architecture(
+        checkpoint.config,
+        checkpoint.tensors.values(),
+        lambda _config: (glm_moe_dsa.Model, glm_moe_dsa.ModelArgs),
+        cast=False,
+    )
+    planned = {weight.name: weight for weight in weights}
+    assert planned.keys() == {parameter.name for parameter in architecture.parameters}
+    for parameter in architecture.parameters:
+        weight = planned[parameter.name]
+        assert describe(weight.expression) == describe(parameter.expression)
+        assert weight.group == parameter.group
+        assert weight.quantizable == parameter.quantizable
 
 
 def test_shapes_of_kv_b_in_the_release(release: Path) -> None:
     """In GLM-5.2 they are (64, 512, 192) and (64, 256, 512)."""
     checkpoint = Checkpoint.open(release)
-    geometry = Geometry.from_config(checkpoint.config)
-    outputs = output_weights(geometry, checkpoint.index.weight_map, None)
+    outputs = weights_of(checkpoint)
     shapes = {output.name: output.shape for output in outputs}
     assert shapes["model.layers.0.self_attn.embed_q.weight"] == (64, 512, 192)
     assert shapes["model.layers.0.self_attn.unembed_out.weight"] == (64, 256, 512)
@@ -152,4 +192,4 @@ def test_parts_of_two_dtypes() -> None:
     name = "model.layers.1.mlp.experts.5.up_proj.weight"
     tensors[name] = TensorInfo(name, "F16", tensors[name].shape, "model.safetensors", 0, 0)
     with pytest.raises(ShapeError, match=rf"tensor {name} has dtype F16, the other parts"):
-        output_weights(geometry, weight_map_of(geometry), tensors)
+        check_shapes(geometry, tensors)

@@ -1,0 +1,1 @@
+"""Tests over many architectures, and the small checkpoints that they are made of."""
