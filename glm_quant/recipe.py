@@ -42,6 +42,8 @@ StoredDtype = Literal["source", "bfloat16", "float16", "float32"]
 Mode = Literal["affine", "mxfp4", "nvfp4", "mxfp8"]
 # How the affine mode's scales and biases are chosen; the other modes have one way.
 Quantizer = Literal["minmax", "search", "gptq"]
+# Weights that stop a conversion unless the recipe allows them: see `quantize.sanity`.
+Defect = Literal["zero_weights", "equal_weights"]
 # Those that use a calibration.
 _CALIBRATED: frozenset[Quantizer] = frozenset({"search", "gptq"})
 
@@ -238,6 +240,11 @@ class Recipe(Section):
     calibration: CalibrationSettings | None = Field(
         default=None,
         description="given: `search` weighs errors by what inputs are measured; `gptq` always does",
+    )
+    allow: tuple[Defect, ...] = Field(
+        default=(),
+        description="what a release's weights never are, but those of pruned, upcycled or freshly "
+        "initialised models may be",
     )
     shard_bytes: int = Field(
         default=5 << 30, ge=1 << 16, description="largest payload of an output shard"

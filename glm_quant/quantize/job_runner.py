@@ -5,7 +5,7 @@ encodes each layer as soon as its calibration is known (`early_encode`).
 """
 
 import threading
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable
 from pathlib import Path
 
@@ -49,11 +49,17 @@ class JobRunner:
         self._thread = threading.local()
         self._lock = threading.Lock()
         self._check = SourceCheck(
-            outputs.checkpoint.tensors, Counter(job.source for job in outputs.jobs)
+            outputs.checkpoint.tensors,
+            Counter(job.source for job in outputs.jobs),
+            outputs.plan.allow,
         )
+        sizes: dict[str, list[int]] = defaultdict(list)
+        for job in sorted(outputs.jobs, key=lambda job: job.begin_row):
+            sizes[job.source].append(job.size_bytes)
         for record in finished:
             for source, digests in record.sources.items():
-                self._check.add_tensor(source, digests)
+                zero = all(map(self._check.is_of_zeros, digests, sizes[source]))
+                self._check.add_tensor(source, digests, zero)
         blocks = {job.block: job for job in outputs.jobs}
         for entry in partial.done.values():
             # A journaled job of an earlier layout may have read blocks that no job reads now.

@@ -27,7 +27,7 @@ from glm_quant.model.geometry import Geometry, is_glm
 from glm_quant.model.release import check_names, check_shapes, release_weights
 from glm_quant.quantize.assignment import assign_schemes
 from glm_quant.quantize.layout import PlannedShard, PlannedTensor, PlannedWeight, lay_out
-from glm_quant.recipe import ComponentGroup, Recipe
+from glm_quant.recipe import ComponentGroup, Defect, Recipe
 
 # A build without any of them cannot be prompted.
 _TOKENIZERS = frozenset({"tokenizer.json", "tokenizer.model", "tiktoken.model", "vocab.json"})
@@ -61,6 +61,7 @@ class Plan:
         imatrix: what the weights were calibrated with, if they were.
         uncalibrated: the recipe wants a calibration that is still to be made: everything has its
             place, but nothing can be encoded.
+        allow: what weights may be: all zero, or equal to each other.
     """
 
     geometry: Geometry | None
@@ -72,6 +73,7 @@ class Plan:
     warnings: tuple[str, ...] = ()
     imatrix: ImatrixRecord | None = None
     uncalibrated: bool = False
+    allow: tuple[Defect, ...] = ()
 
     @property
     def glm_geometry(self) -> Geometry:
@@ -180,6 +182,7 @@ def make_plan(checkpoint: Checkpoint, recipe: Recipe, imatrix: Path | None = Non
         tuple(warnings),
         opened and opened.record,
         uncalibrated=opened is None and recipe.own_calibration is not None,
+        allow=recipe.allow,
     )
 
 

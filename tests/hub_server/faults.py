@@ -7,7 +7,7 @@ from typing import Literal
 
 Kind = Literal[
     "status",  # answer `status` with `headers`
-    "delay",  # answer after `seconds`
+    "delay",  # answer after `seconds`, or as soon as `until` is set
     "reset_before",  # reset the connection instead of answering
     "drop",  # close after `after` bytes of the body
     "reset",  # reset after `after` bytes of the body
@@ -35,6 +35,7 @@ class Fault:
     status: int = 503
     seconds: float = 30.0
     headers: dict[str, str] = field(default_factory=dict)
+    until: threading.Event = field(default_factory=threading.Event)
 
 
 @dataclass

@@ -159,7 +159,10 @@ class _Handler(Uploads, BaseHTTPRequestHandler):
         self.server.log.append(self._asked)
         self._fault = self.server.faults.take(self._asked.path)
         if self._fault and self._fault.kind == "delay":
-            self.server.closing.wait(self._fault.seconds)
+            end = time.monotonic() + self._fault.seconds
+            while time.monotonic() < end and not self._fault.until.is_set():
+                if self.server.closing.wait(0.02):
+                    break
         if self._fault and self._fault.kind == "reset_before":
             return self._reset()
         if not self._receive():

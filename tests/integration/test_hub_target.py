@@ -192,12 +192,14 @@ def test_every_fault_ends_in_the_right_build(hub: HubServer, build: Path, name: 
 def test_a_commit_of_somebody_else_is_noticed(hub: HubServer, build: Path) -> None:
     """The visible commit is refused with 412, made again on top, and keeps what the other did."""
     upload_all(hub, build)
-    hub.fault(Fault("delay", r"/commit/main", seconds=0.4))
+    held = Fault("delay", r"/commit/main", seconds=300)
+    hub.fault(held)
     publishing = threading.Thread(target=target(hub).publish, args=(build, digests(build)))
     publishing.start()
     while not hub.requests("/commit/main"):
         time.sleep(0.01)
     hub.add_commit(REPO, {"notes.txt": Content.of_bytes(b"mine")})
+    held.until.set()
     publishing.join()
     assert [request.status for request in hub.requests("/commit/main")] == [412, 200]
     assert set(shown(hub)) == {*wanted(build), "notes.txt"}

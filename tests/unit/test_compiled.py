@@ -5,10 +5,10 @@ import sys
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from glm_quant.codes.search import quantize_search
 from glm_quant.compiled import compiled
 from glm_quant.compiling import KeyedCacheFile
 
@@ -65,23 +65,35 @@ def test_commands_that_compute_nothing_do_without_numba() -> None:
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
+def _spin(running: Any, stop: Any, limit: Any) -> Any:  # pragma: no cover - compiled
+    """Set `running[0]`, then turn until somebody sets `stop[0]`."""
+    for turn in range(limit):
+        # Written in each turn: the compiler must take the two for the same memory, and so reads
+        # `stop` in each turn too.
+        running[0] = turn + 1
+        if stop[0]:
+            return turn
+    return -1
+
+
 def test_other_threads_go_on_while_a_loop_runs() -> None:
-    """Heartbeats, logs and progress of a run come from threads beside the loops."""
-    weights = np.random.default_rng(0).integers(0, 1 << 14, (1024, 2048)).astype(np.uint16)
-    quantize_search(weights[:8], "BF16", 2, 64)  # compiled by now
-    ticks: list[float] = []
-    stop = threading.Event()
+    """Heartbeats, logs and progress of a run come from threads beside the loops.
 
-    def tick() -> None:
-        while not stop.wait(0.01):
-            ticks.append(time.monotonic())
+    A loop ends when another thread, which waits for it to run, has had its turn. Were the lock
+    held, the thread would have none, and the loop would end at its limit.
+    """
+    running, stop = np.zeros(1, np.int64), np.zeros(1, np.int64)
+    spin = compiled(_spin)
+    assert spin(running, stop, 1) == -1  # compiled by now
+    running[0] = 0
 
-    ticker = threading.Thread(target=tick)
-    ticker.start()
-    begin = time.monotonic()
-    quantize_search(weights, "BF16", 2, 64)
-    end = time.monotonic()
-    stop.set()
-    ticker.join()
-    # Were the lock held, there would be a tick between two loops at most, and there are five.
-    assert sum(begin < moment < end for moment in ticks) > 10
+    def end_it() -> None:
+        while not running[0]:
+            time.sleep(0.001)
+        stop[0] = 1
+
+    thread = threading.Thread(target=end_it)
+    thread.start()
+    turns = spin(running, stop, 1 << 35)
+    thread.join()
+    assert turns >= 0

@@ -1,14 +1,19 @@
 """The memory model: the release's own numbers, and the runtime's real caches."""
 
 import json
+import re
 from importlib import import_module
 from pathlib import Path
 
 import mlx.core as mx
 import pytest
+import yaml
 from mlx.utils import tree_flatten
 
+from glm_quant.checkpoint.reader import Checkpoint
 from glm_quant.model.geometry import Geometry
+from glm_quant.quantize.plan import make_plan
+from glm_quant.recipe import load_recipe, recipe_names
 from glm_quant.report.memory import (
     active_params,
     cache_8bit_bytes_per_token,
@@ -22,6 +27,7 @@ from glm_quant.report.memory import (
 )
 from tests.synthetic import small_config
 
+ROOT = Path(__file__).parents[2]
 WEIGHTS = 237_885_660_672  # dynamic-2.56bpw
 
 
@@ -100,3 +106,25 @@ def test_rows_that_are_no_multiple_of_the_group_have_no_8_bit_cache() -> None:
     need = memory_need(Geometry.from_config(config), 0, 8)
     assert need.cache_8bit_bytes is None
     assert need.total_8bit_bytes is None
+
+
+def test_recipes_and_deployments_name_the_machine_that_holds_the_build(release: Path) -> None:
+    """A memory that a recipe, or what deploys it, names is the smallest that is sold with room.
+
+    The build needs room for its weights and 32K tokens of context, by the memory model.
+    """
+    deployments = yaml.safe_load((ROOT / "deployments" / "prefect.yaml").read_text())["deployments"]
+    named = [(name, load_recipe(name).description) for name in recipe_names()]
+    named += [
+        (each["parameters"]["spec"]["recipe"], each["description"])
+        for each in deployments
+        if "workspace" in each["parameters"].get("spec", {})
+    ]
+    judged = 0
+    for name, text in named:
+        if (size := re.search(r"(\d+) GB", text)) is not None:
+            plan = make_plan(Checkpoint.open(release), load_recipe(name))
+            fits = machine_fits(plan.geometry, plan.tensor_bytes, 32 << 10)
+            assert int(size[1]) == min(fit.gigabytes for fit in fits if fit.raised >= 32 << 10)
+            judged += 1
+    assert judged >= 4

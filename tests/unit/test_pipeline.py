@@ -56,4 +56,4 @@ def test_no_more_source_shards_than_there_are_places(
     source = CountedSource(small, places)
     made = prepare(source, tmp_path, demo_recipe)
     made.complete_all()
-    assert source.most == places
+    assert 1 <= source.most <= places

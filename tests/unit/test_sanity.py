@@ -1,18 +1,23 @@
 """No weight of a release is all zero or a copy of another, and its codes stay near it."""
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
 import pytest
+from click.testing import Result
+from typer.testing import CliRunner
 
+from flows.cli.main import app
 from glm_quant.codes.encode import Rows, encode
 from glm_quant.codes.fidelity import measure
 from glm_quant.codes.scheme import Quantized
 from glm_quant.errors import WeightError
 from glm_quant.recipe import Recipe
 from tests.conftest import Edit, Made
+from tests.plain import PLAIN
 
 SCHEMES = [Quantized("affine", bits, 64) for bits in (2, 3, 4, 5, 6, 8)]
 SCHEMES += [Quantized("mxfp4", 4, 32), Quantized("nvfp4", 4, 16), Quantized("mxfp8", 8, 32)]
@@ -90,6 +95,39 @@ def test_zero_weight(
     made = prepare(small_copy, tmp_path / "w", demo_recipe)
     with pytest.raises(WeightError, match=rf"{shard}: tensor {name} .*{said}"):
         made.complete_all()
+
+
+def test_a_recipe_may_allow_zero_and_equal_weights(
+    small_copy: Path, tmp_path: Path, edit_tensor: Callable[[Path, str, Edit], str]
+) -> None:
+    """`convert` names the switch; with it a pruned model converts, also in several runs."""
+    experts = [f"model.layers.2.mlp.experts.{i}.up_proj.weight" for i in range(5)]
+    kept: list[np.ndarray] = []
+    edit_tensor(small_copy, experts[0], lambda values: kept.append(values.copy()))
+    edit_tensor(small_copy, experts[1], lambda values: values.__setitem__(slice(None), kept[0]))
+    for name in experts[2:4]:
+        edit_tensor(small_copy, name, lambda values: values.fill(0))
+    recipe, output = tmp_path / "mine.yaml", tmp_path / "build"
+    text = Path(PLAIN).read_text()
+
+    def convert(allow: str) -> Result:
+        recipe.write_text(f"{allow}\n{text}")
+        places = ["--source", str(small_copy), "--recipe", str(recipe), "--output", str(output)]
+        return CliRunner().invoke(app, ["convert", *places])
+
+    refused = convert("allow: []")
+    assert refused.exit_code == 2
+    assert re.search(r"write `allow: \[(zero|equal)_weights\]` in the recipe", refused.output)
+    for allowed in ("zero", "equal"):
+        refused = convert(f"allow: [{allowed}_weights]")
+        assert refused.exit_code == 2
+        wanted = {"zero": "equal", "equal": "zero"}[allowed]
+        assert f"`allow: [{wanted}_weights]`" in refused.output
+    assert convert("allow: [zero_weights, equal_weights]").exit_code == 0
+    shard = next(output.glob("*.safetensors"))
+    shard.unlink()  # the next run knows the others' weights from its records alone
+    assert convert("allow: [zero_weights, equal_weights]").exit_code == 0
+    assert shard.is_file()
 
 
 def test_equal_weights(
