@@ -14,6 +14,7 @@ from typing import Any
 import yaml
 
 from glm_quant.model.geometry import Geometry
+from glm_quant.recipe import RUNTIME_ERROR
 from glm_quant.report.memory import machine_fits, memory_need, memory_needs
 
 REPORT = Path(__file__).parents[1] / "glm_quant" / "report"
@@ -131,9 +132,12 @@ def _of_parity(found: dict[str, Any]) -> Iterator[str]:
             yield f"{value:.4f}" if value >= 1e-3 else f"{value:.1e}"
     if found["top1_agreement"] is not None:
         yield percent(found["top1_agreement"])
-    for name, bound in settings.items():
-        if name.startswith(("max_", "min_")) and bound is not None:
-            yield percent(bound) if name.startswith("min_") else f"{bound:g}"
+    yield f"{RUNTIME_ERROR:g}"  # where a recipe gives no bound of its own
+    for bound in settings["bounds"]:
+        if bound["max"] is not None:
+            yield f"{bound['max']:g}"
+        if bound["min"] is not None:
+            yield percent(bound["min"])
     yield from (str(len(found["layers"])), f"{found['tokens']:,}", f"{found['index_topk']:,}")
     for layer in found["layers"]:
         yield str(layer["layer"])
