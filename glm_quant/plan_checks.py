@@ -288,6 +288,9 @@ def judge_plan(build: Build, *, here: bool = True) -> list[str]:
     if build.plan.geometry is None and not here:
         # The bytes of any architecture can be planned; what follows is asked of a `run`.
         return ["`convert` makes this build; `run`, which proves and measures, is for GLM so far."]
+    if here:
+        # Config and index can be planned; a build needs the weights, whatever its disk has room for.
+        build.checkpoint.require_weights()
     subject = Subject(build)
     warnings = [warning for check in CHECKS for warning in check(subject)]
     for check in MACHINE_CHECKS:

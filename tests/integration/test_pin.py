@@ -119,9 +119,9 @@ def test_another_revision_overrides_and_a_lost_commit_is_named(
     assert opened(f"hf://{REPO}", recipe, output).checkpoint.source.uri.endswith(second)
 
 
-def test_a_flow_keeps_the_commit_until_it_ends_well(tmp_path: Path) -> None:
+def test_a_flow_keeps_the_commit_until_it_ends_well(small: Path, tmp_path: Path) -> None:
     """A look at a workspace and a run that fails leave the record; success ends it."""
-    spec = BuildSpec(recipe="demo", workspace=str(tmp_path / "work"))
+    spec = BuildSpec(recipe="demo", source=str(small), workspace=str(tmp_path / "work"))
     pin = Workspace(tmp_path / "work").pin
     with claimed(spec):
         pin.parent.mkdir()
