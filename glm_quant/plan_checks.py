@@ -289,7 +289,7 @@ def judge_plan(build: Build, *, here: bool = True) -> list[str]:
         # The bytes of any architecture can be planned; what follows is asked of a `run`.
         return ["`convert` makes this build; `run`, which proves and measures, is for GLM so far."]
     if here:
-        # Config and index can be planned; a build needs the weights, whatever its disk has room for.
+        # Config and index can be planned; a build needs the weights.
         build.checkpoint.require_weights()
     subject = Subject(build)
     warnings = [warning for check in CHECKS for warning in check(subject)]

@@ -5,12 +5,12 @@ differ, the rows that a shard was made of are read again and held against the di
 recorded of all of them; if they are equal the shard is what it would become.
 """
 
-import hashlib
 import logging
 
-from glm_quant.checkpoint.header import ITEM_SIZE
+from glm_quant.errors import WeightError
 from glm_quant.fingerprint import fingerprint
 from glm_quant.quantize.jobs import Job
+from glm_quant.quantize.load import load_parts, read_of
 from glm_quant.quantize.outputs import Outputs
 from glm_quant.quantize.records import ShardRecord
 
@@ -84,10 +84,9 @@ def _has_same_rows(outputs: Outputs, shard: int, record: ShardRecord) -> bool:
 
 
 def _digest(outputs: Outputs, job: Job) -> str | None:
-    """Return the sha256 of a job's stored rows; None for FP8, whose scales are recorded nowhere."""
-    info = outputs.checkpoint.tensors[job.source]
-    if info.dtype.startswith("F8"):
+    """Return the sha256 of all that a job reads; None if that holds NaN or Inf."""
+    checkpoint = outputs.checkpoint
+    try:
+        return load_parts(job.parts, job.source, checkpoint, read_of(checkpoint)).sha256
+    except WeightError:
         return None
-    row_bytes = job.width * ITEM_SIZE[info.dtype]
-    begin, end = (info.begin + row * row_bytes for row in (job.begin_row, job.end_row))
-    return hashlib.sha256(outputs.checkpoint.source.read(info.shard, begin, end)).hexdigest()

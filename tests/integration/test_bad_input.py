@@ -19,6 +19,7 @@ from typer.testing import CliRunner
 from flows.cli.main import app
 from glm_quant.checkpoint.index import INDEX_NAME
 from glm_quant.checkpoint.reader import Checkpoint
+from glm_quant.data import tiny_glm_path
 from tests.hub_server import HubServer
 from tests.plain import PLAIN
 
@@ -209,12 +210,21 @@ def test_value_beyond_float16(
 
 
 def test_unknown_architecture(small_copy: Path, output: Path) -> None:
-    """Another model_type is named, with what would be right."""
+    """A model_type that mlx-lm has not is named, with the nearest that it has."""
+    config = json.loads((small_copy / "config.json").read_bytes())
+    (small_copy / "config.json").write_text(json.dumps(config | {"model_type": "qwen3_mole"}))
+    refusal = refuse_convert(small_copy, output)
+    assert "CheckpointError config.json: model_type is 'qwen3_mole'" in refusal
+    assert "The nearest that it has: qwen3_moe" in refusal
+
+
+def test_a_config_of_another_architecture(small_copy: Path, output: Path) -> None:
+    """What mlx-lm's model class misses in a config is told in its words."""
     config = json.loads((small_copy / "config.json").read_bytes())
     (small_copy / "config.json").write_text(json.dumps(config | {"model_type": "qwen3_moe"}))
-    said = refuse_convert(small_copy, output)
-    assert "CheckpointError config.json: model_type is 'qwen3_moe'" in said
-    assert "Use mlx_lm.convert for other models." in said
+    refusal = refuse_convert(small_copy, output)
+    assert "mlx_lm.models.qwen3_moe of mlx-lm" in refusal
+    assert "'num_experts'" in refusal
 
 
 @pytest.mark.parametrize("command", ["convert", "plan"])
@@ -338,7 +348,10 @@ def test_read_only_disk(small: Path, tmp_path: Path, what: str) -> None:
         "output": ["convert", "--recipe", PLAIN, "--output", str(disk / "build")],
         "PREFECT_HOME": ["run", PLAIN, "--workspace", str(tmp_path / "work")],
     }[what]
-    command = [COMMAND, *arguments, "--source", str(small)]
+    source = tmp_path / "source"
+    shutil.copytree(small, source)
+    (source / "tokenizer.json").write_bytes((tiny_glm_path() / "tokenizer.json").read_bytes())
+    command = [COMMAND, *arguments, "--source", str(source)]
     refusal = in_read_only_disk(disk, *command, prefect_home=home / "prefect")
     assert refusal.returncode == 2, refusal.stderr
     assert refusal.stderr.startswith(f"OutputError {disk}/"), refusal.stderr

@@ -14,7 +14,7 @@ from mlx_lm import perplexity as perplexity_command
 from glm_quant.data import held_out_text, tiny_glm_path
 from glm_quant.errors import EvaluationError, RecipeError
 from glm_quant.evaluation import harness as our_harness
-from glm_quant.evaluation.evaluate import evaluate, require_measurable
+from glm_quant.evaluation.evaluate import evaluate, require_measurable, require_packages
 from glm_quant.evaluation.harness import write_task
 from glm_quant.evaluation.mlx_lm_protocols import measure_peer_perplexity
 from glm_quant.evaluation.perplexity import digest_text
@@ -313,4 +313,4 @@ def test_missing_harness_and_data_are_found_before_anything_starts(
         (EvaluationSettings(peer_perplexity=PeerPerplexitySettings()), "datasets"),
     ):
         with pytest.raises(EvaluationError, match=rf"needs the package {name}.*--group harness"):
-            require_measurable(settings)
+            require_packages(settings)
