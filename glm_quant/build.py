@@ -1,18 +1,18 @@
 """One build: which recipe, which source, which workspace, and the objects that follow from them.
 
-`BuildSpec` is what a person or a deployment says; `Build` opens it. Opening reads config, index and
-headers (about a second for GLM-5.2), so a process keeps the last one.
+`BuildSpec` is what a person or a deployment asks for. A `Build` is opened from it once, for a flow
+or a command, and handed on: opening reads config, index and headers, and plans every output byte.
 """
 
 import logging
 from collections.abc import Generator
-from contextlib import contextmanager, nullcontext
+from contextlib import closing, contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from glm_quant.calibration.build_calibration import converts_too, standing_imatrix
+from glm_quant.calibration.build_calibration import converts_while_calibrating, standing_imatrix
 from glm_quant.calibration.one_pass import source_bytes
 from glm_quant.checkpoint.reader import Checkpoint
 from glm_quant.errors import RecipeError
@@ -116,10 +116,26 @@ class AssessSpec(BaseModel):
 
 
 class Build:
-    """An opened build."""
+    """An opened build.
 
-    def __init__(self, spec: BuildSpec) -> None:
+    Attributes:
+        spec: what was asked for.
+        recipe: its recipe.
+        workspace: where it is made.
+        checkpoint: the source.
+        targets: where it is published, the recipe's first.
+        baselines: builds to compare with, by name.
+        plan: every output byte's place; another one once the recipe's calibration was made.
+        conversion: the plan being carried out.
+        shared_records: the records' copy in S3 and the lease on it, if this build has one.
+    """
+
+    def __init__(self, spec: BuildSpec, workers: int | None = None) -> None:
         """Read the recipe and the source's metadata, and plan.
+
+        Args:
+            spec: which build.
+            workers: threads that encode; default: one a core. The bytes do not depend on it.
 
         Raises:
             InputError: the recipe or the source is not what it should be.
@@ -130,26 +146,45 @@ class Build:
         self.workspace = workspace_of(spec)
         self.checkpoint = Checkpoint(open_source(source, self.workspace, spec.window))
         self.targets = tuple(dict.fromkeys((*self.recipe.publish.targets, *spec.targets)))
+        self.baselines = {**self.recipe.baselines, **spec.baselines}
+        self.shared_records: SharedRecords | None = None
+        self._workers = workers
         self.make_plan()
         for warning in self.plan.warnings:
             _log.warning("%s", warning)
-        self.baselines = {**self.recipe.baselines, **spec.baselines}
 
     def make_plan(self) -> None:
-        """Plan, with the recipe's own calibration if it is made; call it again when it is."""
+        """Plan with the recipe's own calibration, if it is made.
+
+        Whoever calibrates calls this again: which codes a weight gets is known only then.
+        """
         imatrix = standing_imatrix(self.checkpoint, self.recipe, self.workspace)
         self.plan = make_plan(self.checkpoint, self.recipe, imatrix)
         self.conversion = Conversion(
             self.checkpoint,
             self.plan,
             self.workspace,
+            self._workers,
             reuse=[existing_workspace(folder) for folder in self.spec.reuse],
             # Work ahead would fill the disk where shards leave it no faster than they are uploaded.
-            ahead=not self.lets_go,
+            ahead=not self.evicts_shards,
         )
 
+    def close(self) -> None:
+        """End whatever works ahead for this build; what was encoded is kept."""
+        self.conversion.close()
+
+    def require_held(self) -> None:
+        """Check that no other machine has taken the build over.
+
+        Raises:
+            BusyError: one has.
+        """
+        if self.shared_records is not None:
+            self.shared_records.require_held()
+
     @property
-    def lets_go(self) -> bool:
+    def evicts_shards(self) -> bool:
         """Whether a finished shard leaves this disk once every target has it."""
         return bool(self.targets) and not self.recipe.publish.keep_local
 
@@ -159,14 +194,16 @@ class Build:
         return _records_settings(self.spec, self.recipe) is not None
 
     @property
-    def converts_too(self) -> bool:
+    def converts_while_calibrating(self) -> bool:
         """Whether the pass that calibrates encodes the weights too."""
-        return converts_too(self.checkpoint, self.recipe, self.lets_go)
+        return converts_while_calibrating(self.checkpoint, self.recipe, self.evicts_shards)
 
     @property
-    def pass_bytes(self) -> int:
+    def kept_source_bytes(self) -> int:
         """How much of the source stands on this disk while one pass calibrates and converts."""
-        return source_bytes(self.checkpoint, self.workspace) if self.converts_too else 0
+        if not self.converts_while_calibrating:
+            return 0
+        return source_bytes(self.checkpoint, self.workspace)
 
     def open_target(self, uri: str, build_id: str, patience: Patience | None = None) -> Target:
         """Return one of the build's targets, as the recipe wants it.
@@ -175,46 +212,6 @@ class Build:
             PublishError: there are no targets of this kind.
         """
         return open_target(uri, build_id, self.recipe.publish, patience)
-
-
-_opened: dict[str, Build] = {}
-_shared: "SharedRecords | None" = None
-
-
-def open_build(spec: BuildSpec, afresh: bool = False) -> Build:
-    """Return the opened build: the same one while a process works on it.
-
-    Args:
-        spec: which build.
-        afresh: read recipe and source again, since they may have changed.
-
-    Raises:
-        BusyError: another machine has taken the build over.
-    """
-    if _shared is not None:
-        _shared.require_held()
-    key = spec.model_dump_json()
-    if afresh or key not in _opened:
-        _stop_working()
-        _opened.clear()
-        _opened[key] = Build(spec)
-    return _opened[key]
-
-
-def _stop_working() -> None:
-    """End whatever works ahead in this process; what was encoded is kept."""
-    for build in _opened.values():
-        build.conversion.close()
-
-
-def shards_of(spec: BuildSpec) -> range:
-    """Return the numbers of the planned output shards."""
-    return range(len(open_build(spec).plan.shards))
-
-
-def targets_of(spec: BuildSpec) -> tuple[str, ...]:
-    """Return where the build is to be published."""
-    return open_build(spec).targets
 
 
 def workspace_of(spec: BuildSpec) -> Workspace:
@@ -268,12 +265,31 @@ def _absolute(spec: BuildSpec, source: str, workspace: Workspace) -> BuildSpec:
 
 
 @contextmanager
-def claimed(spec: BuildSpec, shared: bool = False) -> Generator[None]:
+def open_build(spec: BuildSpec, workers: int | None = None) -> Generator[Build]:
+    """Claim a build's workspace and open the build, for as long as the block runs.
+
+    Args:
+        spec: which build.
+        workers: threads that encode; default: one a core.
+
+    Raises:
+        InputError: the recipe, the source or the workspace is not what it should be.
+        BusyError: another process works in the workspace.
+    """
+    with claimed(spec), closing(Build(spec, workers)) as build:
+        yield build
+
+
+@contextmanager
+def claimed(spec: BuildSpec, shared: bool = False) -> Generator["SharedRecords | None"]:
     """Hold a build's workspace for as long as the block runs; then the build is finished.
 
     Args:
         spec: which build.
         shared: its records are those in S3, if the spec or the recipe wants them there.
+
+    Returns:
+        The records in S3, if there are any.
 
     Raises:
         OutputError: the workspace holds something else, or another build.
@@ -282,13 +298,10 @@ def claimed(spec: BuildSpec, shared: bool = False) -> Generator[None]:
     """
     workspace = workspace_of(spec)
     workspace.create()
-    with workspace.locked(), _sharing(spec) if shared else nullcontext():
+    with workspace.locked(), _records_in_s3(spec) if shared else nullcontext() as shared_records:
         if shared:
             _take_workspace(spec, keep=True)
-        try:
-            yield
-        finally:
-            _stop_working()
+        yield shared_records
         workspace.pin.unlink(missing_ok=True)
 
 
@@ -301,20 +314,16 @@ def _records_settings(spec: BuildSpec, recipe: Recipe) -> RecordsSettings | None
 
 
 @contextmanager
-def _sharing(spec: BuildSpec) -> Generator[None]:
+def _records_in_s3(spec: BuildSpec) -> Generator["SharedRecords | None"]:
     """Keep the workspace's records at the place in S3 that is wanted, if one is."""
-    global _shared
     settings = _records_settings(spec, load_recipe(spec.recipe))
     if settings is None:
-        yield
+        yield None
         return
     from glm_quant.hub.records import SharedRecords  # boto3 only where it is wanted
 
-    with SharedRecords(settings.uri, workspace_of(spec), settings.lease_seconds) as _shared:
-        try:
-            yield
-        finally:
-            _shared = None
+    with SharedRecords(settings.uri, workspace_of(spec), settings.lease_seconds) as shared_records:
+        yield shared_records
 
 
 def require_free(spec: BuildSpec) -> None:
@@ -329,5 +338,5 @@ def require_free(spec: BuildSpec) -> None:
     load_recipe(spec.recipe)  # before there is a folder
     workspace = workspace_of(spec)
     workspace.create()
-    with workspace.locked(), _sharing(spec):
+    with workspace.locked(), _records_in_s3(spec):
         _take_workspace(spec, keep=False)

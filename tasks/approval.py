@@ -12,7 +12,7 @@ from prefect.input import RunInput
 from prefect.runtime import deployment, flow_run
 from pydantic import Field, ValidationError
 
-from glm_quant.build import Build, BuildSpec, open_build
+from glm_quant.build import Build
 from glm_quant.errors import ApprovalError
 from glm_quant.stages.approval import (
     give_word,
@@ -33,13 +33,12 @@ class Approval(RunInput):
     note: str = Field(default="", description="why, for the record")
 
 
-def approval(spec: BuildSpec) -> None:
+def wait_for_approval(build: Build) -> None:
     """Go on at once if a person's word is there or nobody wants it; else ask and stop.
 
     Raises:
         ApprovalError: the answer was no, or this run cannot wait for one.
     """
-    build = open_build(spec)
     if not needs_approval(build):
         return
     text = question(build)

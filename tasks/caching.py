@@ -6,7 +6,6 @@ that has expired already: the engine then finds nothing and runs the task, whose
 the same key.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
@@ -15,20 +14,13 @@ from prefect.cache_policies import CachePolicy
 from prefect.context import TaskRunContext
 from prefect.results import get_result_store
 
-from glm_quant.stages.base import Stage
-
 # Any: prefect's own date type differs between its Python versions, and takes a plain datetime.
 EXPIRED: Any = datetime(2000, 1, 1, tzinfo=UTC)
-
-# The keyword arguments that a task was called with, to its stage.
-StageOf = Callable[[dict[str, Any]], Stage[Any]]
 
 
 @dataclass
 class OnDisk(CachePolicy):
-    """Key a task on its stage's fingerprint; refuse a hit that the disk contradicts."""
-
-    stage_of: StageOf | None = None
+    """The key of a task is its stage's fingerprint; a hit that the disk contradicts is refused."""
 
     def compute_key(
         self,
@@ -38,9 +30,7 @@ class OnDisk(CachePolicy):
         **_: Any,
     ) -> str | None:
         """Return "stage/fingerprint"."""
-        if self.stage_of is None:
-            return None
-        stage = self.stage_of(inputs)
+        stage = inputs["stage"]
         key = f"{stage.name}/{stage.fingerprint()}"
         store = get_result_store()
         if store.exists(key) and stage.current() is None:
@@ -48,10 +38,10 @@ class OnDisk(CachePolicy):
         return key
 
 
-def on_disk(stage_of: StageOf) -> dict[str, Any]:
-    """Return the task options that all stages share: cached on disk, results as small JSON."""
+def on_disk() -> dict[str, Any]:
+    """Return the task options of a stage whose outputs stand on disk; results are small JSON."""
     return {
-        "cache_policy": OnDisk(stage_of=stage_of),
+        "cache_policy": OnDisk(),
         "persist_result": True,
         "result_serializer": "json",
         "cache_result_in_memory": False,

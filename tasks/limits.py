@@ -10,7 +10,7 @@ next one. Prefect ends a task of the flow's own thread when its native code retu
 another thread it cannot end, so whoever waits for uploads beside the conversion stops waiting.
 """
 
-from glm_quant.build import BuildSpec, open_build
+from glm_quant.build import Build
 
 _HOUR_SECONDS = 3600
 # Slower than any line over which somebody would send hundreds of gigabytes.
@@ -26,11 +26,11 @@ def send_seconds(size_bytes: int) -> float:
     return 2 * _HOUR_SECONDS + size_bytes / _SLOWEST_BYTES_PER_SECOND
 
 
-def shard_seconds(spec: BuildSpec, shard: int) -> float:
+def shard_seconds(build: Build, shard: int) -> float:
     """Return how long one output shard may be on its way."""
-    return send_seconds(open_build(spec).plan.shards[shard].size_bytes)
+    return send_seconds(build.plan.shards[shard].size_bytes)
 
 
-def build_seconds(spec: BuildSpec) -> float:
+def build_seconds(build: Build) -> float:
     """Return how long a whole build may be on its way."""
-    return send_seconds(sum(shard.size_bytes for shard in open_build(spec).plan.shards))
+    return send_seconds(sum(shard.size_bytes for shard in build.plan.shards))

@@ -124,7 +124,7 @@ _board: Board | None = None
 
 
 @contextmanager
-def shown(stages: Sequence[str]) -> Generator[None]:
+def progress_shown(stages: Sequence[str]) -> Generator[None]:
     """Show the progress of the stages in the block on the page of the flow run."""
     global _board
     _board = Board(stages)

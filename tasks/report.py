@@ -17,7 +17,7 @@ from prefect.artifacts import (
 )
 from prefect.cache_policies import NO_CACHE
 
-from glm_quant.build import Build, BuildSpec, open_build
+from glm_quant.build import Build
 from glm_quant.stages.assemble import AssembleStage
 from glm_quant.stages.card import CardStage
 from glm_quant.stages.divergence import AssessDivergenceStage, DivergenceStage
@@ -34,15 +34,15 @@ Show = Callable[[Build], None]
 
 
 @task(name="report", task_run_name="report the plan", persist_result=False, cache_policy=NO_CACHE)
-def report_plan(spec: BuildSpec) -> None:
+def report_plan(build: Build) -> None:
     """Show what will be made of what."""
-    _show(open_build(spec), _source, _plan)
+    _show(build, _source, _plan)
 
 
 @task(name="report", task_run_name="report the build", persist_result=False, cache_policy=NO_CACHE)
-def report_build(spec: BuildSpec) -> None:
+def report_build(build: Build) -> None:
     """Show what was made, and what was found about it."""
-    _show(open_build(spec), _shards, _parity, _divergence, _evaluation, _card)
+    _show(build, _shards, _parity, _divergence, _evaluation, _card)
 
 
 @task(
@@ -51,15 +51,15 @@ def report_build(spec: BuildSpec) -> None:
     persist_result=False,
     cache_policy=NO_CACHE,
 )
-def report_assessment(spec: BuildSpec) -> None:
+def report_assessment(build: Build) -> None:
     """Show what was found about a finished build."""
-    _show(open_build(spec), _source, _assessed_parity, _assessed_divergence, _evaluation)
+    _show(build, _source, _assessed_parity, _assessed_divergence, _evaluation)
 
 
 @task(name="report", task_run_name="report the links", persist_result=False, cache_policy=NO_CACHE)
-def report_links(spec: BuildSpec) -> None:
+def report_links(build: Build) -> None:
     """Show where a build was published."""
-    _show(open_build(spec), _published)
+    _show(build, _published)
 
 
 def _show(build: Build, *parts: Show) -> None:

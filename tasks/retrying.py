@@ -19,7 +19,7 @@ _MINUTES = 60
 _DELAYS = (2 * _MINUTES, 10 * _MINUTES, 30 * _MINUTES, 120 * _MINUTES)
 
 
-def passing() -> dict[str, Any]:
+def retry_policy() -> dict[str, Any]:
     """Return the task options that try again, later and later, what may pass."""
     return {
         "retries": len(_DELAYS),

@@ -2,21 +2,26 @@
 
 import logging
 from collections.abc import Generator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from uuid import UUID
 
+from prefect import task
 from prefect.artifacts import create_markdown_artifact
 from prefect.client.orchestration import get_client
 from prefect.context import FlowRunContext
 from prefect.filesystems import LocalFileSystem
 from prefect.runtime import flow_run
 
-from glm_quant.build import BuildSpec, claimed, workspace_of
+from glm_quant.build import Build, BuildSpec, claimed, workspace_of
 from glm_quant.errors import GlmQuantError
+from glm_quant.stages.download import check_targets
+from glm_quant.stages.targets import judge_targets
+from glm_quant.stages.upload import take_over
 from glm_quant.status import STAGES
 from tasks.dead import mark_dead_tasks
-from tasks.progress import shown
+from tasks.progress import progress_shown
+from tasks.retrying import retry_policy
 from tasks.secrets import load_secrets
 
 _log = logging.getLogger("glm_quant.session")
@@ -26,28 +31,49 @@ _WAY_OUT = (
 
 
 @contextmanager
-def at_work(
-    spec: BuildSpec, stages: Sequence[str] = STAGES, shared: bool = False
-) -> Generator[None]:
-    """Hold a build's workspace and keep Prefect's results in it while the block runs.
+def build_session(
+    spec: BuildSpec, stages: Sequence[str] = STAGES, publishes: bool = False
+) -> Generator[Build]:
+    """Open a build, hold its workspace and keep Prefect's results in it while the block runs.
 
     Args:
         spec: which build.
         stages: names of the stages of this flow, in order; progress counts on them.
-        shared: its records are those in S3, if the spec or the recipe wants them there.
+        publishes: what publishing would refuse is refused now, and the records are those in S3, if
+            the spec or the recipe wants them there.
 
     Raises:
-        OutputError: the workspace holds something else.
-        BusyError: another process works in it.
+        GlmQuantError: whatever stops the build; the run's page says it too.
     """
     # The setting PREFECT_LOGGING_EXTRA_LOGGERS adds a handler, but leaves the level at WARNING.
     logging.getLogger("glm_quant").setLevel(logging.INFO)
     load_secrets()
     results = workspace_of(spec).results
-    with told(), claimed(spec, shared), results_in(results), shown(stages):
+    with (
+        failure_on_run_page(),
+        claimed(spec, shared=publishes) as shared_records,
+        results_in(results),
+        progress_shown(stages),
+    ):
         if flow_run.run_count > 1:
-            _mark_dead_tasks()
-        yield
+            _mark_dead_tasks()  # before a task of this process runs
+        with closing(_open(spec, publishes)) as build:
+            build.shared_records = shared_records
+            yield build
+
+
+@task(name="open", task_run_name="open", persist_result=False, **retry_policy())
+def _open(spec: BuildSpec, publishes: bool) -> Build:
+    """Read the recipe and the source's metadata, and plan.
+
+    What measuring and publishing would refuse in the end is refused here.
+    """
+    build = Build(spec)
+    if publishes:
+        check_targets(build)
+        judge_targets(build)
+        take_over(build)
+    return build
 
 
 def _mark_dead_tasks() -> None:
@@ -60,7 +86,7 @@ def _mark_dead_tasks() -> None:
 
 
 @contextmanager
-def told() -> Generator[None]:
+def failure_on_run_page() -> Generator[None]:
     """Show on the run's page, in words for a person, why the block failed."""
     try:
         yield

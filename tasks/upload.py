@@ -1,4 +1,4 @@
-"""The upload and restore tasks, and how shards are made and sent."""
+"""How shards are made and sent, and fetched back."""
 
 import contextvars
 import logging
@@ -6,47 +6,18 @@ import threading
 from collections.abc import Mapping
 from queue import Queue
 
-from prefect import task
-
-from glm_quant.build import BuildSpec, open_build, shards_of
+from glm_quant.build import Build
 from glm_quant.errors import DiskSpaceError
 from glm_quant.fingerprint import fingerprint
 from glm_quant.stages.base import StageResult
-from glm_quant.stages.restore import RestoreStage, elsewhere
+from glm_quant.stages.restore import elsewhere
 from glm_quant.stages.targets import require_room
 from glm_quant.stages.upload import UploadStage, early_targets, is_here, let_go
 from tasks.attention import tell_problem
-from tasks.caching import on_disk
 from tasks.limits import shard_seconds
-from tasks.naming import restore_name, upload_name
-from tasks.quantize import quantize
-from tasks.retrying import passing
-from tasks.running import run_stage
+from tasks.stages import quantize, restore, upload
 
 _log = logging.getLogger("glm_quant.upload")
-
-
-@task(
-    name="upload",
-    task_run_name=upload_name,
-    **on_disk(
-        lambda inputs: UploadStage(open_build(inputs["spec"]), inputs["shard"], inputs["target"])
-    ),
-)
-def upload(spec: BuildSpec, shard: int, target: str) -> StageResult:
-    """Bring one shard to one target: `glm_quant.stages.upload.UploadStage`."""
-    return run_stage(UploadStage(open_build(spec), shard, target))
-
-
-@task(
-    name="restore",
-    task_run_name=restore_name,
-    **on_disk(lambda inputs: RestoreStage(open_build(inputs["spec"]), inputs["shard"])),
-    **passing(),
-)
-def restore(spec: BuildSpec, shard: int) -> StageResult:
-    """Fetch one shard back: `glm_quant.stages.restore.RestoreStage`."""
-    return run_stage(RestoreStage(open_build(spec), shard))
 
 
 class RoomWatch:
@@ -55,15 +26,15 @@ class RoomWatch:
     What fills a disk may go again, so nothing ends here: the shard that does not fit ends the run.
     """
 
-    def __init__(self, spec: BuildSpec) -> None:
+    def __init__(self, build: Build) -> None:
         """Begin with enough room, which was judged before the work."""
-        self._spec = spec
+        self._build = build
         self._is_short = False
 
     def look(self) -> None:
         """Compare what is left to write with what is free."""
         try:
-            require_room(open_build(self._spec))
+            require_room(self._build)
         except DiskSpaceError as error:
             if not self._is_short:
                 tell_problem("room", f"{error} The run goes on, and stops where the disk is full.")
@@ -80,9 +51,9 @@ class Sender:
     run that is stopped need not wait for a network, since uploads resume.
     """
 
-    def __init__(self, spec: BuildSpec, target: str) -> None:
+    def __init__(self, build: Build, target: str) -> None:
         """Begin to wait for shards. To be called inside the flow, whose tasks the uploads are."""
-        self._spec, self._target = spec, target
+        self._build, self._target = build, target
         self._left: list[int] = []
         self._passed_over = 0
         self._looks: Queue[threading.Event | None] = Queue()
@@ -101,7 +72,7 @@ class Sender:
 
     def wait(self) -> None:
         """Wait until all shards were sent, or the target has failed or hung for too long."""
-        seconds = sum(shard_seconds(self._spec, shard) for shard in tuple(self._left))
+        seconds = sum(shard_seconds(self._build, shard) for shard in tuple(self._left))
         if not self._looked.wait(seconds):
             _log.warning("%s: no upload ended for %.0f s", self._target, seconds)
             self.failed = True
@@ -123,7 +94,7 @@ class Sender:
 
     def _send_left(self) -> None:
         while self._left:
-            if self._has_it(self._left[0]) or is_here(open_build(self._spec), self._left[0]):
+            if self._has_it(self._left[0]) or is_here(self._build, self._left[0]):
                 self.failed = not self._is_sent(self._left[0])
                 if self.failed:
                     return
@@ -132,29 +103,30 @@ class Sender:
             del self._left[0]
 
     def _has_it(self, shard: int) -> bool:
-        return UploadStage(open_build(self._spec), shard, self._target).current() is not None
+        return UploadStage(self._build, shard, self._target).current() is not None
 
     def _is_sent(self, shard: int) -> bool:
         try:
-            state = upload(self._spec, shard, self._target, return_state=True)
-            error = None if state.is_completed() else state.result(raise_on_failure=False)
-        except Exception:  # nothing may end this thread: others wait for it
-            _log.exception("%s: the upload could not be begun", self._target)
+            upload(self._build, shard, self._target)
+        except Exception as error:  # nothing may end this thread: others wait for it
+            self._tell(error)
             return False
-        if error is None:
-            return True
-        if str(error) != self._told_error:
-            self._told_error = str(error)
-            tell_problem(
-                f"upload-{fingerprint(self._target)[:12]}",
-                f"The upload to {self._target} failed: {error} The conversion goes on, and this "
-                "target is tried again with each new shard. If that does not help, correct it now: "
-                "publishing there will fail in the end.",
-            )
-        return False
+        return True
+
+    def _tell(self, error: Exception) -> None:
+        """Show on the run's page that uploads fail, once for each way in which they do."""
+        if str(error) == self._told_error:
+            return
+        self._told_error = str(error)
+        tell_problem(
+            f"upload-{fingerprint(self._target)[:12]}",
+            f"The upload to {self._target} failed: {error} The conversion goes on, and this "
+            "target is tried again with each new shard. If that does not help, correct it now: "
+            "publishing there will fail in the end.",
+        )
 
 
-def make_shards(spec: BuildSpec) -> list[StageResult]:
+def make_shards(build: Build) -> list[StageResult]:
     """Make every shard; each is uploaded while the next ones are made.
 
     An upload that fails stops nothing: publishing does it again, and says what is wrong. Where
@@ -162,34 +134,31 @@ def make_shards(spec: BuildSpec) -> list[StageResult]:
     it leaves then if another target has it, so that the disk stays small whichever target is away.
     """
     made: list[StageResult] = []
-    senders = {target: Sender(spec, target) for target in early_targets(open_build(spec))}
-    room = RoomWatch(spec)
-    for shard in shards_of(spec):
+    senders = {target: Sender(build, target) for target in early_targets(build)}
+    room = RoomWatch(build)
+    for shard in range(len(build.plan.shards)):
         room.look()
-        made.append(quantize(spec, shard))
-        if open_build(spec).lets_go:
+        made.append(quantize(build, shard))
+        if build.evicts_shards:
             for sender in senders.values():
                 if not sender.failed:
                     sender.wait()
-            _go_without(spec, senders)
+            _go_without(build, senders)
         for sender in senders.values():
             sender.send(shard)
     for sender in senders.values():
         sender.finish()
-    _go_without(spec, senders)
+    _go_without(build, senders)
     return made
 
 
-def _go_without(spec: BuildSpec, senders: Mapping[str, Sender]) -> None:
+def _go_without(build: Build, senders: Mapping[str, Sender]) -> None:
     """Let go what waits for targets that have failed."""
     failed = {target for target, sender in senders.items() if sender.failed}
     if failed:
-        let_go(open_build(spec), shards_of(spec), failed)
+        let_go(build, range(len(build.plan.shards)), failed)
 
 
-def restore_shards(spec: BuildSpec) -> list[StageResult]:
-    """Fetch back the shards that were let go."""
-    return [
-        restore.with_options(timeout_seconds=shard_seconds(spec, shard))(spec, shard)
-        for shard in elsewhere(open_build(spec))
-    ]
+def restore_shards(build: Build) -> list[StageResult]:
+    """Fetch back the shards that were evicted."""
+    return [restore(build, shard) for shard in elsewhere(build)]

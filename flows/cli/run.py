@@ -14,7 +14,7 @@ from flows.cli.options import Json, RecipeOption, Replace, Reuse, Source, Verbos
 from flows.cli.stopping import stopping_in_order
 from flows.cli.terminal import ERRORS, OUT, errors_in_one_screen, print_json
 from flows.environment import prepare
-from glm_quant.build import Build, BuildSpec, open_build, require_free
+from glm_quant.build import Build, BuildSpec, require_free
 from glm_quant.evaluation.baselines import parse_baselines
 from glm_quant.hub import DEFAULT_WINDOW
 from glm_quant.recipe import S3_PLACE
@@ -133,7 +133,7 @@ def release_build(spec: BuildSpec, verbose: bool, as_json: bool) -> None:
         # A taken workspace fails here, before Prefect is started, and so does bad input. The commit
         # that another machine began with is known before the source is opened.
         require_free(spec)
-        build = open_build(spec)
+        build = Build(spec)
         from glm_quant.plan_checks import judge_plan
         from glm_quant.stages.finished import finished_results
         from glm_quant.stages.targets import judge_targets

@@ -86,19 +86,21 @@ def imatrix_folder(workspace: Workspace) -> Path:
     return workspace.calibration / "imatrix"
 
 
-def converts_too(checkpoint: Checkpoint, recipe: Recipe, lets_go: bool = False) -> bool:
+def converts_while_calibrating(
+    checkpoint: Checkpoint, recipe: Recipe, evicts_shards: bool = False
+) -> bool:
     """Whether the pass that calibrates encodes the weights too.
 
     Args:
         checkpoint: the source.
         recipe: of the build.
-        lets_go: finished shards do not stay on this disk, which has no room for all of them.
+        evicts_shards: finished shards do not stay on this disk, which has no room for all of them.
     """
     settings = recipe.own_calibration
     if settings is None:
         return False
     if settings.convert == "auto":
-        return not (isinstance(checkpoint.source, FolderSource) or lets_go)
+        return not (isinstance(checkpoint.source, FolderSource) or evicts_shards)
     return settings.convert
 
 
@@ -135,7 +137,8 @@ def calibrate_build(
         workspace: of the build.
         progress: called with layers done and layers to do.
         reference: make in the same pass what the divergence stage wants of the source.
-        converting: encode in the same pass what this wants to encode, see `converts_too`.
+        converting: encode in the same pass what this wants to encode; see
+            `converts_while_calibrating`.
 
     Returns:
         The record, to be saved at `record_path`.

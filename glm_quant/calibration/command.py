@@ -6,7 +6,7 @@ from pathlib import Path
 
 from glm_quant.calibration.build_calibration import (
     calibrate_build,
-    converts_too,
+    converts_while_calibrating,
     imatrix_folder,
     record_path,
     standing_imatrix,
@@ -46,7 +46,7 @@ def open_calibrated(
     if standing_imatrix(opened.checkpoint, wanting, workspace) is None:
         workspace.create()
         with workspace.locked(), watching() as watcher:
-            together = converts_too(opened.checkpoint, wanting)
+            together = converts_while_calibrating(opened.checkpoint, wanting)
             beside = source_bytes(opened.checkpoint, workspace) if together else 0
             opened.conversion.check_space(source_bytes=beside)
             owner_of(wanting, opened.checkpoint.source.uri).save(workspace)

@@ -53,6 +53,12 @@ class Failure(BaseModel):
     message: str
 
 
+def shard_title(build: Build, shard: int) -> str:
+    """Return "03 of 46" for an output shard."""
+    total = len(build.plan.shards)
+    return f"{shard + 1:0{len(str(total))}d} of {total}"
+
+
 class Stage(ABC, Generic[R]):
     """One stage of one build."""
 
@@ -76,6 +82,11 @@ class Stage(ABC, Generic[R]):
     def root(self) -> Path:
         """What the record's outputs are relative to."""
         return self.build.workspace.root
+
+    @property
+    def title(self) -> str:
+        """What a person calls this stage, or the part of it that this is."""
+        return self.name
 
     @abstractmethod
     def inputs(self) -> Canonical:
@@ -116,7 +127,13 @@ class Stage(ABC, Generic[R]):
         record.save(self.record_path)
 
     def run(self, progress: Progress) -> StageResult:
-        """Do what is left to do."""
+        """Do what is left to do.
+
+        Raises:
+            BusyError: another machine has taken the build over.
+            GlmQuantError: whatever the stage stops at; `failure.json` says it too.
+        """
+        self.build.require_held()
         begin = time.monotonic()
         record = self.current()
         failure = self.build.workspace.records / FAILURE_NAME

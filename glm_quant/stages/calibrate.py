@@ -8,7 +8,7 @@ from glm_quant.calibration.build_calibration import (
 )
 from glm_quant.fingerprint import Canonical
 from glm_quant.quantize.convert import Progress
-from glm_quant.stages.base import Stage
+from glm_quant.stages.base import Stage, StageResult
 
 
 class CalibrateStage(Stage[CalibrationRecord]):
@@ -37,13 +37,14 @@ class CalibrateStage(Stage[CalibrationRecord]):
             build.workspace,
             progress,
             reference=True,
-            converting=build.conversion if build.converts_too else None,
+            converting=build.conversion if build.converts_while_calibrating else None,
         )
 
-    def keep(self, record: CalibrationRecord) -> None:
-        """Write the record, and plan with what was found."""
-        super().keep(record)
+    def run(self, progress: Progress) -> StageResult:
+        """Calibrate, then plan again: which codes a weight gets depends on what was measured."""
+        result = super().run(progress)
         self.build.make_plan()
+        return result
 
     def summarize(self, record: CalibrationRecord) -> str:
         """Return what was seen, and which experts met too little of it."""

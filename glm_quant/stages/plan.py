@@ -76,7 +76,7 @@ def plan_figures(build: Build) -> PlanFigures:
         disk_bytes=disk,
         source_shards=len(outputs.source_order),
         open_outputs=outputs.most_open,
-        peak_disk_bytes=max(outputs.peak_disk_bytes, disk + build.pass_bytes),
+        peak_disk_bytes=max(outputs.peak_disk_bytes, disk + build.kept_source_bytes),
         memory_bytes={need.context: need.total_bytes for need in needs},
         calibrates=build.recipe.own_calibration is not None,
     )
@@ -104,7 +104,7 @@ class PlanStage(Stage[PlanRecord]):
         Raises:
             DiskSpaceError: the build does not fit on the disk.
         """
-        self.build.conversion.check_space(self.build.lets_go, self.build.pass_bytes)
+        self.build.conversion.check_space(self.build.evicts_shards, self.build.kept_source_bytes)
         progress(1, 1)
         return PlanRecord(fingerprint=self.fingerprint(), plan=plan_figures(self.build))
 

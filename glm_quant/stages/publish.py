@@ -67,6 +67,11 @@ class PublishStage(Stage[PublishRecord]):
         self.target = target
 
     @property
+    def title(self) -> str:
+        """Which part this is: publish to hf://org/name."""
+        return f"publish to {self.target}"
+
+    @property
     def record_path(self) -> Path:
         """Where the record stands: one a target."""
         return publish_record_path(self.build.workspace, self.target)

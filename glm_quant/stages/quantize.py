@@ -5,7 +5,7 @@ from pathlib import Path
 from glm_quant.build import Build
 from glm_quant.fingerprint import Canonical
 from glm_quant.quantize.convert import Progress, ShardRecord
-from glm_quant.stages.base import Stage
+from glm_quant.stages.base import Stage, shard_title
 
 
 class QuantizeStage(Stage[ShardRecord]):
@@ -18,6 +18,11 @@ class QuantizeStage(Stage[ShardRecord]):
         """Attach to an output shard of a build."""
         super().__init__(build)
         self.shard = shard
+
+    @property
+    def title(self) -> str:
+        """Which part this is: quantize 03 of 46."""
+        return f"quantize {shard_title(self.build, self.shard)}"
 
     @property
     def record_path(self) -> Path:

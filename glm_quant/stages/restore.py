@@ -10,7 +10,7 @@ from glm_quant.errors import PublishError, SourceError
 from glm_quant.fingerprint import Canonical
 from glm_quant.hub.target import Target
 from glm_quant.quantize.convert import Progress, RemoteShard
-from glm_quant.stages.base import Stage
+from glm_quant.stages.base import Stage, shard_title
 from glm_quant.stages.upload import build_id, early_targets
 
 _log = logging.getLogger(__name__)
@@ -40,6 +40,11 @@ class RestoreStage(Stage[RestoreRecord]):
         """Attach to an output shard of a build."""
         super().__init__(build)
         self.shard = shard
+
+    @property
+    def title(self) -> str:
+        """Which part this is: fetch back 03 of 46."""
+        return f"fetch back {shard_title(self.build, self.shard)}"
 
     @property
     def record_path(self) -> Path:

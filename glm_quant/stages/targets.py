@@ -85,10 +85,10 @@ def _needs(build: Build) -> Iterator[Need]:
     """Yield what is still to be written: output, source window, hidden states, copies."""
     root, outputs = build.workspace.root, build.conversion.outputs
     total = sum(shard.size_bytes for shard in build.plan.shards)
-    missing = build.conversion.missing_bytes(build.lets_go)
+    missing = build.conversion.missing_bytes(build.evicts_shards)
     yield Need(root, "output", missing)
     if missing:
-        window = max(outputs.peak_disk_bytes - total, build.pass_bytes)
+        window = max(outputs.peak_disk_bytes - total, build.kept_source_bytes)
         yield Need(root, "source shards", window)
     yield Need(root, "hidden states", _state_bytes(build))
     for uri in filter(is_folder, build.targets):

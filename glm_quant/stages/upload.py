@@ -14,7 +14,7 @@ from glm_quant.errors import PublishError
 from glm_quant.fingerprint import Canonical, fingerprint
 from glm_quant.quantize.convert import Progress, RemoteShard, ShardRecord
 from glm_quant.stages.assemble import AssembleStage
-from glm_quant.stages.base import Stage, StageResult
+from glm_quant.stages.base import Stage, StageResult, shard_title
 
 _log = logging.getLogger(__name__)
 
@@ -34,7 +34,7 @@ def early_targets(build: Build) -> tuple[str, ...]:
 
     A folder gets links, which cost nothing at the end either.
     """
-    if build.lets_go:
+    if build.evicts_shards:
         return build.targets
     return tuple(target for target in build.targets if not is_folder(target))
 
@@ -59,6 +59,11 @@ class UploadStage(Stage[UploadRecord]):
         self.shard, self.target = shard, target
 
     @property
+    def title(self) -> str:
+        """Which part this is: upload 03 of 46 to hf://org/name."""
+        return f"upload {shard_title(self.build, self.shard)} to {self.target}"
+
+    @property
     def record_path(self) -> Path:
         """Where the record stands: one a target and shard."""
         folder = self.build.workspace.records / "uploads" / fingerprint(self.target)[:12]
@@ -75,7 +80,7 @@ class UploadStage(Stage[UploadRecord]):
     def run(self, progress: Progress) -> StageResult:
         """Upload, then let the local copy go if the recipe says so and every target has it."""
         result = super().run(progress)
-        if self.build.lets_go:
+        if self.build.evicts_shards:
             let_go(self.build, [self.shard])
         return result
 
@@ -116,7 +121,7 @@ def let_go(build: Build, shards: Iterable[int], failed: Collection[str] = ()) ->
     them when the build is published, after it was fetched back. A whole build stays as it is.
     """
     targets = [target for target in early_targets(build) if target not in failed]
-    if not build.lets_go or not targets or AssembleStage(build).current():
+    if not build.evicts_shards or not targets or AssembleStage(build).current():
         return
     for shard in shards:
         record = build.conversion.outputs.finished(shard) if is_here(build, shard) else None

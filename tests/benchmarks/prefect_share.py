@@ -16,7 +16,7 @@ from pathlib import Path
 
 import httpx
 
-from glm_quant.build import BuildSpec, open_build
+from glm_quant.build import Build, BuildSpec
 from glm_quant.data import tiny_glm_path
 from tests.e2e.command_line import CommandLine
 from tests.e2e.conftest import QUICK
@@ -30,7 +30,7 @@ def cut_into(shards: int, folder: Path) -> Path:
     for size in range(66_000, 400_000, 2_000):
         path.write_text(re.sub(r"shard_bytes: \S+", f"shard_bytes: {size}", wide))
         spec = BuildSpec(recipe=str(path), source=str(tiny_glm_path()), workspace=str(folder / "w"))
-        if len(open_build(spec, afresh=True).plan.shards) == shards:
+        if len(Build(spec).plan.shards) == shards:
             return path
     raise SystemExit(f"no size gives {shards} shards")
 

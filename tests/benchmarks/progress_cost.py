@@ -31,8 +31,8 @@ def run_once(recipe: str, workspace: str, shown: bool) -> None:
     from flows.environment import prepare
 
     prepare()
-    import tasks.running
     import tasks.session
+    import tasks.stage_task
     from flows.release import release
 
     if not shown:
@@ -41,8 +41,8 @@ def run_once(recipe: str, workspace: str, shown: bool) -> None:
         def nothing(_: Sequence[str]) -> Generator[None]:
             yield
 
-        tasks.session.shown = nothing
-        tasks.running.progress_of = lambda _: lambda *_: None
+        tasks.session.progress_shown = nothing
+        tasks.stage_task.progress_of = lambda _: lambda *_: None
     spec = BuildSpec(
         recipe=recipe,
         source=str(tiny_glm_path()),

@@ -24,13 +24,13 @@ from prefect.variables import Variable
 
 from deployments.restarts import RESTART_TAG, close_crashed, restart_crashed
 from flows.watch import watch
-from glm_quant.build import BuildSpec, open_build
+from glm_quant.build import Build, BuildSpec
 from glm_quant.data import tiny_glm_path
 from glm_quant.hub.retry import Patience
 from glm_quant.quantize.convert import Progress, ShardRecord
 from glm_quant.stages.quantize import QuantizeStage
 from glm_quant.stages.upload import UploadStage
-from tasks.session import at_work
+from tasks.session import build_session
 from tasks.upload import make_shards, restore_shards
 from tasks.upstream import Look, Watched, WatchSpec, look, variable_name
 from tests.e2e.conftest import UPSTREAM
@@ -93,13 +93,13 @@ def give_up_after(monkeypatch: pytest.MonkeyPatch, tries: int) -> None:
 
 @flow(name="send")
 def send(spec: BuildSpec) -> None:
-    with at_work(spec):
-        make_shards(spec)
+    with build_session(spec) as build:
+        make_shards(build)
 
 
 def sent(spec: BuildSpec, target: str) -> list[int]:
     """The shards that a target has, by the records."""
-    build = open_build(spec)
+    build = Build(spec)
     shards = range(len(build.plan.shards))
     return [i for i in shards if UploadStage(build, i, target).current()]
 
@@ -113,7 +113,7 @@ def test_a_target_that_is_away_holds_up_nothing(
     # With this test's settings: by itself a thread would start a server of its own.
     run = threading.Thread(target=copy_context().run, args=(send, spec), daemon=True)
     run.start()
-    shards = list(range(len(open_build(spec).plan.shards)))
+    shards = list(range(len(Build(spec).plan.shards)))
     assert len(shards) > 2
     wait_for(lambda: sent(spec, HERE) == shards, "the target that answers lacks shards")
     assert sent(spec, AWAY) == []
@@ -132,7 +132,7 @@ def test_a_target_that_fails_is_told_and_left_to_publishing(
     give_up_after(monkeypatch, 2)
     place.fault(Fault("status", "org/away", times=1_000_000))
     send(spec)
-    shards = list(range(len(open_build(spec).plan.shards)))
+    shards = list(range(len(Build(spec).plan.shards)))
     assert sent(spec, HERE) == shards
     assert sent(spec, AWAY) == []
     assert f"{AWAY} lacks {len(shards)} shards; publishing sends them again" in caplog.text
@@ -156,7 +156,7 @@ def test_shards_leave_the_disk_though_a_target_is_away(
 
     @flow(name="send and restore")
     def send_and_restore(spec: BuildSpec) -> None:
-        with at_work(spec):
+        with build_session(spec) as build:
             ordinary = QuantizeStage.make
 
             def make(self: QuantizeStage, progress: Progress) -> ShardRecord:
@@ -164,12 +164,12 @@ def test_shards_leave_the_disk_though_a_target_is_away(
                 return ordinary(self, progress)
 
             monkeypatch.setattr(QuantizeStage, "make", make)
-            make_shards(spec)
+            make_shards(build)
             assert not list(here.glob("*.safetensors"))
-            restore_shards(spec)
+            restore_shards(build)
 
     send_and_restore(spec)
-    build = open_build(spec)
+    build = Build(spec)
     shards = list(range(len(build.plan.shards)))
     assert len(seen) == len(shards) > 3
     assert max(seen) <= 2, "the one that is uploaded, and the one before"

@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 
 import pytest
 
-from glm_quant.build import BuildSpec, open_build
+from glm_quant.build import Build, BuildSpec
 from glm_quant.child_process import run_in_child
 from glm_quant.data import tiny_glm_path
 from glm_quant.errors import EvaluationError, SourceError
@@ -72,7 +72,7 @@ def stage(tmp_path_factory: pytest.TempPathFactory) -> DivergenceStage:
     spec = BuildSpec(
         recipe=str(recipe), source=str(tiny_glm_path()), workspace=str(tmp_path / "work")
     )
-    build = open_build(spec, afresh=True)
+    build = Build(spec)
     build.workspace.create()
     for each in (PlanStage(build), QuantizeStage(build, 0), AssembleStage(build)):
         each.run(quiet)
