@@ -6,7 +6,7 @@ or a command, and handed on: opening reads config, index and headers, and plans 
 
 import logging
 from collections.abc import Generator
-from contextlib import closing, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -130,12 +130,13 @@ class Build:
         shared_records: the records' copy in S3 and the lease on it, if this build has one.
     """
 
-    def __init__(self, spec: BuildSpec, workers: int | None = None) -> None:
+    def __init__(self, spec: BuildSpec, workers: int | None = None, publishes: bool = True) -> None:
         """Read the recipe and the source's metadata, and plan.
 
         Args:
             spec: which build.
             workers: threads that encode; default: one a core. The bytes do not depend on it.
+            publishes: it has the targets of recipe and spec; else it has none.
 
         Raises:
             InputError: the recipe or the source is not what it should be.
@@ -145,7 +146,8 @@ class Build:
         source = _source_of(spec, self.recipe)
         self.workspace = workspace_of(spec)
         self.checkpoint = Checkpoint(open_source(source, self.workspace, spec.window))
-        self.targets = tuple(dict.fromkeys((*self.recipe.publish.targets, *spec.targets)))
+        targets = (*self.recipe.publish.targets, *spec.targets) if publishes else ()
+        self.targets = tuple(dict.fromkeys(targets))
         self.baselines = {**self.recipe.baselines, **spec.baselines}
         self.shared_records: SharedRecords | None = None
         self._workers = workers
@@ -205,6 +207,15 @@ class Build:
             return 0
         return source_bytes(self.checkpoint, self.workspace)
 
+    def require_space(self) -> None:
+        """Check that the disk has room for what is left to write.
+
+        Raises:
+            DiskSpaceError: it has not.
+            RecipeError: too many outputs would be open at a time.
+        """
+        self.conversion.check_space(self.evicts_shards, self.kept_source_bytes)
+
     def open_target(self, uri: str, build_id: str, patience: Patience | None = None) -> Target:
         """Return one of the build's targets, as the recipe wants it.
 
@@ -262,22 +273,6 @@ def _absolute(spec: BuildSpec, source: str, workspace: Workspace) -> BuildSpec:
             "replace": False,
         }
     )
-
-
-@contextmanager
-def open_build(spec: BuildSpec, workers: int | None = None) -> Generator[Build]:
-    """Claim a build's workspace and open the build, for as long as the block runs.
-
-    Args:
-        spec: which build.
-        workers: threads that encode; default: one a core.
-
-    Raises:
-        InputError: the recipe, the source or the workspace is not what it should be.
-        BusyError: another process works in the workspace.
-    """
-    with claimed(spec), closing(Build(spec, workers)) as build:
-        yield build
 
 
 @contextmanager

@@ -68,7 +68,7 @@ def _open(spec: BuildSpec, publishes: bool) -> Build:
 
     What measuring and publishing would refuse in the end is refused here.
     """
-    build = Build(spec)
+    build = Build(spec, publishes=publishes)
     if publishes:
         check_targets(build)
         judge_targets(build)

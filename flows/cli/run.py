@@ -21,7 +21,7 @@ from glm_quant.recipe import S3_PLACE
 from glm_quant.workspace import Workspace
 
 if TYPE_CHECKING:
-    from glm_quant.quantize.command import ConvertSummary
+    from glm_quant.convert import ConvertSummary
     from glm_quant.stages.base import StageResult
 
 
@@ -115,7 +115,7 @@ def convert(
 ) -> None:
     """Plan, quantize, assemble, and no more: the drop-in for mlx_lm.convert."""
     with errors_in_one_screen(verbose), stopping_in_order(ERRORS):
-        from glm_quant.quantize.command import require_output_free
+        from glm_quant.convert import require_output_free
 
         require_output_free(source, recipe, output, replace)
         summary = _convert(source, recipe, output, workers, window, reuse or ())
@@ -207,13 +207,8 @@ def _convert(
     reuse: Sequence[str] = (),
 ) -> "ConvertSummary":
     """Convert into a folder and show it."""
-    from glm_quant.calibration.command import open_calibrated
-    from glm_quant.hub import open_source
-    from glm_quant.quantize.command import convert_to_folder, workspace_beside
+    from glm_quant.convert import convert_to_folder, open_conversion
 
-    opened = open_source(source, workspace_beside(output), window)
-    conversion = open_calibrated(
-        opened, recipe, output, lambda: StageDisplay(ERRORS), workers, reuse
-    )
-    with StageDisplay(ERRORS, [shard.size_bytes for shard in conversion.shards]) as terminal:
-        return convert_to_folder(conversion, terminal)
+    build = open_conversion(source, recipe, output, workers, window, reuse)
+    with StageDisplay(ERRORS, [shard.size_bytes for shard in build.plan.shards]) as display:
+        return convert_to_folder(build, display)

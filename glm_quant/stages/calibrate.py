@@ -1,5 +1,6 @@
 """What the inputs of each weight are, for a recipe that encodes with it."""
 
+from glm_quant.build import Build
 from glm_quant.calibration.build_calibration import STAGE as CALIBRATE
 from glm_quant.calibration.build_calibration import (
     CalibrationRecord,
@@ -17,12 +18,22 @@ class CalibrateStage(Stage[CalibrationRecord]):
     name = CALIBRATE
     record_type = CalibrationRecord
 
+    def __init__(self, build: Build, with_reference: bool = True) -> None:
+        """Attach to a build.
+
+        Args:
+            build: whose recipe wants a calibration of its own.
+            with_reference: make in the same pass what the divergence stage wants of the source.
+        """
+        super().__init__(build)
+        self.with_reference = with_reference
+
     def inputs(self) -> Canonical:
         """Return the texts, the settings, and the source."""
         return calibration_inputs(self.build.checkpoint, self.build.recipe)
 
     def make(self, progress: Progress) -> CalibrationRecord:
-        """Stream texts through the source, and those of the divergence stage with them.
+        """Stream texts through the source, and the divergence stage's with them if it follows.
 
         Where the source is not a folder the weights are encoded on the way.
 
@@ -36,7 +47,7 @@ class CalibrateStage(Stage[CalibrationRecord]):
             build.recipe,
             build.workspace,
             progress,
-            reference=True,
+            reference=self.with_reference,
             converting=build.conversion if build.converts_while_calibrating else None,
         )
 

@@ -104,7 +104,7 @@ class PlanStage(Stage[PlanRecord]):
         Raises:
             DiskSpaceError: the build does not fit on the disk.
         """
-        self.build.conversion.check_space(self.build.evicts_shards, self.build.kept_source_bytes)
+        self.build.require_space()
         progress(1, 1)
         return PlanRecord(fingerprint=self.fingerprint(), plan=plan_figures(self.build))
 

@@ -10,17 +10,15 @@ difference to the first too, sequence by sequence.
 import argparse
 import tempfile
 import time
-from contextlib import nullcontext
 from pathlib import Path
 
-from glm_quant.calibration.command import open_calibrated
 from glm_quant.checkpoint.reader import Checkpoint
+from glm_quant.convert import convert_to_folder, open_conversion
 from glm_quant.data import tiny_glm_path
 from glm_quant.evaluation.divergence import build_folder, divergence
 from glm_quant.evaluation.divergence_beside import compare_divergence
 from glm_quant.evaluation.divergence_record import DivergenceRecord
 from glm_quant.evaluation.token_set import make_token_set
-from glm_quant.quantize.command import convert_to_folder
 from glm_quant.recipe import DivergenceSettings
 from tests.benchmarks.search_quality import Quiet
 
@@ -44,9 +42,7 @@ def main() -> None:
         for number, recipe in enumerate(options.recipes):
             folder = Path(scratch) / str(number)
             begin = time.perf_counter()
-            opened = open_calibrated(options.source, recipe, folder, lambda: nullcontext(Quiet()))
-            calibrated = time.perf_counter()
-            made = convert_to_folder(opened, Quiet())
+            made = convert_to_folder(open_conversion(options.source, recipe, folder), Quiet())
             converted = time.perf_counter()
             beside = Path(scratch) / "divergence"
             record = divergence(source, folder, tokens, beside)
@@ -57,8 +53,8 @@ def main() -> None:
                 f"{recipe}: {made.tensor_bytes:,} bytes of tensors, KL {row.mean_kl.value:.5f} ± "
                 f"{row.mean_kl.standard_error or 0:.5f}, top-1 {row.top1_agreement.value:.4f}, "
                 f"perplexity {row.build_perplexity.value:.3f} "
-                f"(source {row.reference_perplexity.value:.3f}); planned and calibrated in "
-                f"{calibrated - begin:.1f} s, converted in {converted - calibrated:.1f} s",
+                f"(source {row.reference_perplexity.value:.3f}); calibrated and "
+                f"converted in {converted - begin:.1f} s",
                 flush=True,
             )
             if found is not first:

@@ -22,10 +22,10 @@ import numpy as np
 from glm_quant.checkpoint.reader import Checkpoint
 from glm_quant.codes import encode
 from glm_quant.codes.search import Search, quantize_search
+from glm_quant.convert import convert_to_folder, open_conversion
 from glm_quant.data import tiny_glm_path
 from glm_quant.evaluation.divergence import divergence
 from glm_quant.evaluation.token_set import make_token_set
-from glm_quant.quantize.command import convert_to_folder, open_conversion
 from glm_quant.recipe import DivergenceSettings, load_recipe
 from glm_quant.streaming.weights import PROJECTIONS, BuildWeights, SourceWeights
 

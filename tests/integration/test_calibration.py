@@ -15,10 +15,10 @@ from glm_quant.calibration.observe import Listener
 from glm_quant.calibration.texts import calibration_set
 from glm_quant.checkpoint.imatrix import Imatrix, ImatrixRecord
 from glm_quant.checkpoint.reader import Checkpoint
+from glm_quant.convert import convert_to_folder, open_conversion
 from glm_quant.data import tiny_glm_path
 from glm_quant.errors import IntegrityError, OutputError, RecipeError
 from glm_quant.evaluation.token_set import TokenSet
-from glm_quant.quantize.command import convert_to_folder, open_conversion
 from glm_quant.quantize.verify import verify
 from glm_quant.settings import CalibrationSettings
 from glm_quant.streaming.weights import SourceWeights

@@ -10,12 +10,12 @@ from flows.cli.main import app
 from glm_quant.build import Build, BuildSpec
 from glm_quant.calibration.build_calibration import CalibrationRecord, imatrix_folder, record_path
 from glm_quant.calibration.texts import calibration_texts
+from glm_quant.convert import open_conversion
 from glm_quant.data import held_out_text, items_path, tiny_glm_path
 from glm_quant.errors import IntegrityError, RecipeError, RunError
 from glm_quant.evaluation.divergence import reference_batch
 from glm_quant.evaluation.token_set import make_token_set, read_texts
 from glm_quant.fit.text import fit_texts
-from glm_quant.quantize.command import open_conversion, workspace_beside
 from glm_quant.quantize.verify import verify
 from glm_quant.recipe import load_recipe, parse_recipe
 from glm_quant.settings import CalibrationSettings, DivergenceSettings
@@ -24,6 +24,7 @@ from glm_quant.stages.plan import PlanStage
 from glm_quant.stages.quantize import QuantizeStage
 from glm_quant.streaming.forward import stream_batches
 from glm_quant.streaming.weights import SourceWeights
+from glm_quant.workspace import workspace_beside
 from tests.plain import PLAIN
 
 RECIPE = Path(PLAIN).read_text().replace("quantizer: search", "quantizer: gptq")

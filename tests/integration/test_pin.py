@@ -8,17 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from glm_quant.build import BuildSpec, claimed, require_free
+from glm_quant.build import Build, BuildSpec, claimed, require_free
+from glm_quant.convert import convert_to_folder, open_conversion
 from glm_quant.errors import SourceError
-from glm_quant.hub import open_source
 from glm_quant.hub.huggingface import HubSource
 from glm_quant.hub.retry import Patience
-from glm_quant.quantize.command import (
-    OpenConversion,
-    convert_to_folder,
-    open_conversion,
-    workspace_beside,
-)
 from glm_quant.workspace import Workspace
 from tests.hub_server import HubServer
 from tests.synthetic import small_config, write_checkpoint
@@ -58,8 +52,8 @@ def newer(tmp_path: Path) -> Path:
     return tmp_path / "newer"
 
 
-def opened(uri: str, recipe: Path, output: Path) -> OpenConversion:
-    return open_conversion(open_source(uri, workspace_beside(output)), str(recipe), output, 1)
+def opened(uri: str, recipe: Path, output: Path) -> Build:
+    return open_conversion(uri, str(recipe), output, 1)
 
 
 def weights(folder: Path) -> dict[str, str]:

@@ -39,7 +39,7 @@ parity: {tokens: 72}
 # A process like the flow's: it opens a build, runs the parity stage and tells what that took of it.
 PARITY = """\
 import json, logging, resource, subprocess, sys
-from glm_quant.build import BuildSpec, open_build
+from glm_quant.build import Build, BuildSpec
 from glm_quant.stages import parity
 
 logging.basicConfig(level=logging.INFO, stream=sys.stderr)
@@ -50,7 +50,7 @@ def noted(self, *arguments, **options):
     print(self.pid, flush=True)
 
 subprocess.Popen.__init__ = noted
-stage = parity.ParityStage(open_build(BuildSpec.model_validate_json(sys.argv[1])))
+stage = parity.ParityStage(Build(BuildSpec.model_validate_json(sys.argv[1])))
 progress = []
 peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 result = stage.run(lambda done, total: progress.append((done, total)))

@@ -60,7 +60,7 @@ def test_loops_are_kept() -> None:
 
 def test_commands_that_compute_nothing_do_without_numba() -> None:
     """Numba's import takes longer than many a command."""
-    modules = "flows.cli.main, glm_quant.quantize.command"
+    modules = "flows.cli.main, glm_quant.convert"
     code = f"import sys, {modules}; sys.exit('numba' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 

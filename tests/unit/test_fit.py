@@ -3,7 +3,6 @@
 import json
 import re
 from collections import Counter
-from contextlib import nullcontext
 from itertools import product
 from pathlib import Path
 
@@ -12,12 +11,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from glm_quant.build import Build, BuildSpec
+from glm_quant.build import Build, BuildSpec, claimed
 from glm_quant.calibration.calibrate import calibrate
-from glm_quant.calibration.command import open_calibrated
 from glm_quant.checkpoint.reader import Checkpoint
 from glm_quant.checkpoint.source import FolderSource
 from glm_quant.codes.scheme import Quantized
+from glm_quant.convert import open_conversion
 from glm_quant.data import tiny_glm_path
 from glm_quant.errors import InputError, OutputError, RecipeError
 from glm_quant.evaluation.token_set import TokenSet, make_token_set
@@ -40,6 +39,7 @@ from glm_quant.model.groups import GROUPS
 from glm_quant.quantize.plan import make_plan
 from glm_quant.recipe import DivergenceSettings, load_recipe, parse_recipe
 from glm_quant.report.memory import machine_bytes, memory_need, reserved_bytes
+from glm_quant.stages.calibrate import CalibrateStage
 from glm_quant.streaming.weights import BuildWeights
 from tests.conftest import Made
 from tests.plain import PLAIN
@@ -233,8 +233,10 @@ def test_what_is_measured_is_what_the_recipe_makes(small: Path, tmp_path: Path) 
     result = fit(source, "15.7bpw", output, settings, lambda: tokens, seen)
     assert seen.stages == ["calibrate", "measure"]
     assert "imatrix" not in output.read_text()
-    opened = open_calibrated(small, str(output), tmp_path / "build", lambda: nullcontext(Seen()))
-    plan = opened.conversion.plan
+    build = open_conversion(small, str(output), tmp_path / "build")
+    with claimed(build.spec):
+        CalibrateStage(build, with_reference=False).run(lambda *_: None)
+    plan = build.plan
     assert (plan.tensor_bytes, plan.bits_per_weight) == (
         result.tensor_bytes,
         result.bits_per_weight,
