@@ -76,6 +76,7 @@ def test_a_build_that_was_begun_goes_on_with_its_commit(
     begun = opened(uri, recipe, output)
     begun.workspace.create()
     begun.conversion.complete(0)
+    begun.close()
     second = hub.add_folder(REPO, newer)
     goes_on = opened(uri, recipe, output)
     assert goes_on.checkpoint.source.uri == f"hf://{REPO}@{first}"
@@ -102,6 +103,7 @@ def test_another_revision_overrides_and_a_lost_commit_is_named(
     assert not begun.workspace.pin.exists(), "nothing is recorded before the lock is held"
     begun.workspace.create()
     begun.conversion.complete(0)
+    begun.close()
     second = hub.add_folder(REPO, newer)
     explicit = opened(f"hf://{REPO}@{second}", recipe, output)
     assert explicit.checkpoint.source.uri.endswith(second)
