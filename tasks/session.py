@@ -15,7 +15,7 @@ from prefect.runtime import flow_run
 
 from glm_quant.build import Build, BuildSpec, claimed, workspace_of
 from glm_quant.errors import GlmQuantError
-from glm_quant.stages.download import check_targets
+from glm_quant.plan_checks import require_plan
 from glm_quant.stages.targets import judge_targets
 from glm_quant.stages.upload import take_over
 from glm_quant.status import STAGES
@@ -69,8 +69,8 @@ def _open(spec: BuildSpec, publishes: bool) -> Build:
     What measuring and publishing would refuse in the end is refused here.
     """
     build = Build(spec, publishes=publishes)
+    require_plan(build)
     if publishes:
-        check_targets(build)
         judge_targets(build)
         take_over(build)
     return build
