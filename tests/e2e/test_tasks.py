@@ -50,6 +50,7 @@ rules:
   - {match: ".", dtype: source}
 publish:
   license: psf-2.0
+  acknowledge_license: 3b2f81fe21d181c499c59a256c8e1968455d6689d269aa85373bfb6af41da3bf
 """
 
 
@@ -93,7 +94,7 @@ def give_up_after(monkeypatch: pytest.MonkeyPatch, tries: int) -> None:
 
 @flow(name="send")
 def send(spec: BuildSpec) -> None:
-    with build_session(spec) as build:
+    with build_session(spec, publishes=True) as build:
         make_shards(build)
 
 
@@ -156,7 +157,7 @@ def test_shards_leave_the_disk_though_a_target_is_away(
 
     @flow(name="send and restore")
     def send_and_restore(spec: BuildSpec) -> None:
-        with build_session(spec) as build:
+        with build_session(spec, publishes=True) as build:
             ordinary = QuantizeStage.make
 
             def make(self: QuantizeStage, progress: Progress) -> ShardRecord:
