@@ -13,7 +13,7 @@ import pytest
 
 from glm_quant.artifact import sha256_file
 from glm_quant.data import tiny_glm_path
-from glm_quant.litter import is_litter
+from glm_quant.litter import entries, is_litter
 from glm_quant.recipe import load_recipe
 from glm_quant.workspace import Workspace
 from tests.card_numbers import unexplained
@@ -177,7 +177,7 @@ def test_a_damaged_build_is_not_published(
     """One flipped bit in a finished shard is found before anything is published."""
     workspace = tmp_path / "damaged"
     shutil.copytree(finished, workspace)
-    shard = sorted((workspace / "checkpoint").glob("*.safetensors"))[0]
+    shard = entries(workspace / "checkpoint", "*.safetensors")[0]
     data = bytearray(shard.read_bytes())
     data[len(data) // 2] ^= 1
     shard.write_bytes(data)
