@@ -247,7 +247,7 @@ def _warm() -> None:
         "glm_quant.codes.search",
         "glm_quant.hub.pin",
         "glm_quant.model.glm_moe_dsa",
-        "glm_quant.quantize.command",
+        "glm_quant.convert",
         "numba",
     ):
         importlib.import_module(module)
