@@ -27,6 +27,19 @@ _START_SECONDS = 300
 _END_SECONDS = 3.0
 
 
+def require_home() -> Path:
+    """Return the folder PREFECT_HOME, made if it is missing, before Prefect is imported.
+
+    Raises:
+        OutputError: it cannot be written.
+    """
+    home = Path(os.environ.get("PREFECT_HOME") or "~/.prefect").expanduser()
+    if not os.environ.get("PREFECT_API_URL"):
+        with disk_errors_named(home):
+            home.mkdir(parents=True, exist_ok=True)
+    return home
+
+
 def start_server() -> Callable[[], None]:
     """Start a server for Prefect in this process, unless one is set.
 
@@ -36,10 +49,7 @@ def start_server() -> Callable[[], None]:
     Raises:
         OutputError: PREFECT_HOME, where the server keeps its database, cannot be written.
     """
-    home = Path(os.environ.get("PREFECT_HOME") or "~/.prefect").expanduser()
-    if not os.environ.get("PREFECT_API_URL"):
-        with disk_errors_named(home):
-            home.mkdir(parents=True, exist_ok=True)
+    home = require_home()
     from prefect.context import refresh_global_settings_context
     from prefect.settings import PREFECT_API_URL
 

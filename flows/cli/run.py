@@ -176,6 +176,9 @@ def _print_result(build: Build, stages: "list[StageResult]", seconds: float, as_
 
 def _run_flow(build: Build) -> "list[StageResult]":
     """Run the flow of a build; returns what its stages came to."""
+    from flows.temporary_server import require_home, start_server
+
+    require_home()
     notice = connect_if_there()
     if notice:
         ERRORS.print(notice)
@@ -187,8 +190,6 @@ def _run_flow(build: Build) -> "list[StageResult]":
         if QuantizeStage(build, number).current() is None
     ]
     with StageDisplay(ERRORS, unfinished) as display:
-        from flows.temporary_server import start_server
-
         wait_for_server = start_server()
         from flows.release import release  # meanwhile
         from tasks.progress import watch
