@@ -91,7 +91,7 @@ def test_a_run_that_is_stopped_in_any_stage_goes_on_from_there(run: Run) -> None
     said = run.stopped(
         lambda it: (
             "evaluate" in it.text
-            and any("glm_quant.evaluation" in name for name in it.processes().values())
+            and any("glm_quant.child_process" in name for name in it.processes().values())
         ),
         interrupt,
         code=130,

@@ -28,7 +28,7 @@ def test_many_steps_are_two_writes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(progress, "create_progress_artifact", create)
     monkeypatch.setattr(progress, "update_progress_artifact", update)
     begin = time.monotonic()
-    with progress.shown(["parity"]):
+    with progress.progress_shown(["parity"]):
         report = progress.progress_of(cast("Stage[Any]", SimpleNamespace(name="parity")))
         for done in range(1000):
             report(done, 1000)
