@@ -25,7 +25,6 @@ from glm_quant.evaluation.token_count import TokenCount, token_count
 from glm_quant.evaluation.token_set import read_texts
 from glm_quant.hub.license import require_license
 from glm_quant.memory import half_of_memory
-from glm_quant.model.geometry import Geometry
 from glm_quant.parity.limits import compared_layers, require_long_prompt
 from glm_quant.report.prefill import BLOCK_ELEMENTS
 from glm_quant.streaming.memory_plan import plan_memory
@@ -41,16 +40,12 @@ class Subject:
         self.build = build
         self.recipe, self.checkpoint = build.recipe, build.checkpoint
         self.file = build.recipe.file or build.recipe.name
+        self.geometry = build.plan.glm_geometry
 
     @cached_property
     def count(self) -> TokenCount | None:
         """Counts a text's tokens; None where the source has no tokenizer."""
         return token_count(self.checkpoint)
-
-    @cached_property
-    def geometry(self) -> Geometry:
-        """The model's dims."""
-        return self.build.plan.glm_geometry
 
     def has_file(self, name: str) -> bool:
         """Whether the source has a file."""
@@ -288,10 +283,10 @@ def judge_plan(build: Build, *, here: bool = True) -> list[str]:
     if build.plan.geometry is None and not here:
         # The bytes of any architecture can be planned; what follows is asked of a `run`.
         return ["`convert` makes this build; `run`, which proves and measures, is for GLM so far."]
+    subject = Subject(build)
     if here:
         # Config and index can be planned; a build needs the weights.
         build.checkpoint.require_weights()
-    subject = Subject(build)
     warnings = [warning for check in CHECKS for warning in check(subject)]
     for check in MACHINE_CHECKS:
         try:
