@@ -252,21 +252,23 @@ def operands(expression: Expression) -> Iterator[Expression]:
             pending.extend(cast("Mapping[Any, Any]", value).values())
 
 
-def sources(expression: Expression) -> set[str]:
-    """Return the names of the source tensors that an expression is made of."""
-    names: set[str] = set()
+def leaves(expression: Expression) -> Iterator[Expression]:
+    """Yield the tensors of the source that an expression is made of, each once."""
     seen: set[int] = set()
     pending = [expression]
     while pending:
         node = pending.pop()
-        if id(node) in seen:
-            continue
-        seen.add(id(node))
-        if node.name is not None:
-            names.add(node.name)
-        else:
-            pending.extend(operands(node))
-    return names
+        if id(node) not in seen:
+            seen.add(id(node))
+            if node.name is not None:
+                yield node
+            else:
+                pending.extend(operands(node))
+
+
+def sources(expression: Expression) -> set[str]:
+    """Return the names of the source tensors that an expression is made of."""
+    return {str(leaf.name) for leaf in leaves(expression)}
 
 
 def describe(expression: Expression) -> str:

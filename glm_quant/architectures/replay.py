@@ -7,7 +7,7 @@ that mlx-lm computes from whole tensors. An operation without a rule here is eva
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, cast
 
 import mlx.core as mx
@@ -15,7 +15,6 @@ import mlx.core as mx
 from glm_quant.architectures.expressions import (
     Expression,
     holds_expression,
-    operands,
     replace_expressions,
     row_elements,
 )
@@ -121,20 +120,6 @@ def apply(expression: Expression, evaluate: Callable[[Any], Any]) -> mx.array:
     keywords = {key: evaluate(value) for key, value in expression.keywords.items()}
     result = expression.function(*arguments, **keywords)
     return result if expression.output is None else result[expression.output]
-
-
-def leaves(expression: Expression) -> Iterator[Expression]:
-    """Yield the tensors of the source that an expression is made of, each once."""
-    seen: set[int] = set()
-    pending = [expression]
-    while pending:
-        node = pending.pop()
-        if id(node) not in seen:
-            seen.add(id(node))
-            if node.name is not None:
-                yield node
-            else:
-                pending.extend(operands(node))
 
 
 # A rule returns the rows of an operation's output, or None where it does not apply.

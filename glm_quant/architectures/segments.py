@@ -13,8 +13,8 @@ from typing import Any, cast
 
 import mlx.core as mx
 
-from glm_quant.architectures.expressions import Expression, record
-from glm_quant.architectures.replay import Replay, SourceRange, leaves
+from glm_quant.architectures.expressions import Expression, leaves, record
+from glm_quant.architectures.replay import Replay, SourceRange
 
 # Operations whose output has the rows of their first operand, changed each on its own.
 _UNARY = frozenset({"astype", "contiguous", "stop_gradient"})

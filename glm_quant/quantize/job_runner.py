@@ -18,7 +18,7 @@ from glm_quant.codes.fidelity import Fidelity
 from glm_quant.errors import IntegrityError
 from glm_quant.quantize.jobs import Job, block_of, encode_job
 from glm_quant.quantize.journal import Entry, Piece
-from glm_quant.quantize.load import load_parts
+from glm_quant.quantize.load import load_parts, read_of
 from glm_quant.quantize.outputs import Outputs
 from glm_quant.quantize.partial import PartialOutputs
 from glm_quant.quantize.pipeline import WorkItem
@@ -84,13 +84,13 @@ class JobRunner:
 
     def _run(self, job: Job, path: Path | None, shards: Collection[int]) -> Entry:
         """Read a job's rows, encode them for each target, write them. Runs in an encoder."""
-        source, shard = self._checkpoint.source, self._checkpoint.index.weight_map[job.source]
+        shard = self._checkpoint.index.weight_map[job.source]
+        read_source = read_of(self._checkpoint)
 
         def read(info: TensorInfo, begin: int, size: int) -> NDArray[np.uint8]:
             # The scales of an FP8 weight may lie in another source shard than the one at hand.
             if path is None or info.shard != shard:
-                first = info.begin + begin
-                return np.frombuffer(source.read(info.shard, first, first + size), np.uint8)
+                return read_source(info, begin, size)
             # The buffer holds one range; of several, the first is in use when the next is read.
             alone = len(job.parts) == 1 and job.parts[0][0].is_copy
             room = self._buffer(size) if alone else np.empty(size, np.uint8)
